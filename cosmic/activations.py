@@ -17,6 +17,7 @@ from cosmic.blocks import causal_lm, evaluation_mode, find_blocks, hidden_states
 from cosmic.errors import InputError
 from cosmic.interventions import Edits, intervene
 from cosmic.prompts import TokenBatch, batches
+from cosmic.ranks import input_device, share, summed
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def read(
     """
     if not encoded:
         raise ValueError("no prompts to read")
-    inner = causal_lm(model)
-    device = inner.get_input_embeddings().weight.device
+    device = _device_for(model)
     states: torch.Tensor | None = None
     last_logits: list[torch.Tensor | None] = [None] * len(encoded)
     with evaluation_mode(model), intervene(model, edits or {}), _Recorder(model, layers, place) as recorder:
@@ -80,12 +80,14 @@ def mean_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means over prompts of all blocks' inputs `[P, L, d_model]` and, at the last token, outputs `[L, d_model]`.
 
-    Accumulated in float64 batch by batch, so memory does not grow with the number of prompts.
+    Accumulated in float64 batch by batch, so memory does not grow with the number of prompts. Several processes divide the
+    prompts among them and all get the means.
     """
     if not encoded:
         raise ValueError("no prompts to average")
     layers = range(len(find_blocks(model)))
-    device = causal_lm(model).get_input_embeddings().weight.device
+    device = _device_for(model)
+    part = share(len(encoded))
     inputs: torch.Tensor | int = 0
     outputs: torch.Tensor | int = 0
     with (
@@ -94,13 +96,18 @@ def mean_states(
         _Recorder(model, layers, "input") as input_recorder,
         _Recorder(model, layers, "output") as output_recorder,
     ):
-        for batch in batches(encoded, batch_size, pad, device):
+        for batch in batches(part.of(encoded), batch_size, pad, device):
             _forward(model, batch, logits=False)
-            inputs = inputs + input_recorder.take(batch, positions).cpu().double().sum(0)
-            outputs = outputs + output_recorder.take(batch, [-1]).cpu().double().sum(0)[0]
+            counted = batch.rows < part.counted
+            inputs = inputs + input_recorder.take(batch, positions).cpu().double()[counted].sum(0)
+            outputs = outputs + output_recorder.take(batch, [-1]).cpu().double()[counted].sum(0)[0]
     assert isinstance(inputs, torch.Tensor)
     assert isinstance(outputs, torch.Tensor)
-    return inputs / len(encoded), outputs / len(encoded)
+    return summed(inputs) / len(encoded), summed(outputs) / len(encoded)
+
+
+def _device_for(model: nn.Module) -> torch.device:
+    return input_device(model, causal_lm(model).get_input_embeddings())
 
 
 def _forward(model: nn.Module, batch: TokenBatch, logits: bool) -> torch.Tensor:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cosmic.errors import InputError
+from cosmic.ranks import input_device
 
 Place = Literal["block_input", "attention_output", "mlp_output"]
 PLACES: tuple[Place, ...] = ("block_input", "attention_output", "mlp_output")
@@ -87,7 +88,7 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
     known = _found.get(inner)
     if known is None or known.layers != layers:
         hidden_size = int(inner.config.get_text_config().hidden_size)
-        known = _found[inner] = DecoderBlocks(layers, _measure_writers(inner, layers), hidden_size)
+        known = _found[inner] = DecoderBlocks(layers, _measure_writers(model, layers), hidden_size)
     return known
 
 
@@ -135,7 +136,8 @@ def replace_hidden_states(value: object, new: torch.Tensor) -> object:
     return (new, *value[1:]) if isinstance(value, tuple) else new
 
 
-def _measure_writers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[tuple[nn.Module, ...], ...]:
+def _measure_writers(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[tuple[nn.Module, ...], ...]:
+    inner = causal_lm(model)
     seen: list[dict[str, torch.Tensor | None]] = [{} for _ in layers]
     handles = []
 
@@ -153,13 +155,13 @@ def _measure_writers(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tup
             )
     try:
         with evaluation_mode(model):
-            device = model.get_input_embeddings().weight.device
+            device = input_device(model, inner.get_input_embeddings())
             model(input_ids=torch.arange(1, 5, device=device)[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     states = [{name: value for name, value in found.items() if value is not None} for found in seen]
-    return tuple(_writers_of(model, index, block, states[index]) for index, block in enumerate(layers))
+    return tuple(_writers_of(inner, index, block, states[index]) for index, block in enumerate(layers))
 
 
 def _writers_of(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cosmic.blocks import causal_lm, evaluation_mode
 from cosmic.interventions import Edits, intervene
 from cosmic.prompts import pad_id
+from cosmic.ranks import input_device, is_sharded, rank_count, share
 
 _GREEDY = {
     "do_sample": False,
@@ -37,12 +40,14 @@ def generate(
 ) -> list[str]:
     """Continue each of `encoded` (token ids, chat template applied) greedily; the new text only, in the given order.
 
+    Several processes divide the rows among them, and all get every text.
+
     Args:
         edits: interventions in force during the whole generation.
         progress: called with the number of rows finished after each batch.
     """
     inner = causal_lm(model)
-    device = inner.get_input_embeddings().weight.device
+    device = input_device(model, inner.get_input_embeddings())
     pad = pad_id(tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -51,24 +56,35 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         **_GREEDY,
     )
+    generator, together = _generator_of(model, inner), is_sharded(model)
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    replies = [""] * len(encoded)
+    part = share(len(order))
+    own = part.of(order)
+    texts: list[str] = []
     with evaluation_mode(model), intervene(model, edits or {}):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            longest = max(len(encoded[row]) for row in rows)
-            ids = torch.full((len(rows), longest), pad)
-            mask = torch.zeros((len(rows), longest), dtype=torch.long)
-            for line, row in enumerate(rows):
-                ids[line, longest - len(encoded[row]) :] = torch.tensor(encoded[row])
-                mask[line, longest - len(encoded[row]) :] = 1
-            output = inner.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
-            texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                replies[row] = text
+        for start in range(0, len(own), batch_size):
+            rows = [encoded[row] for row in own[start : start + batch_size]]
+            longest = max(map(len, rows))
+            ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+            output = generator.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                synced_gpus=together and rank_count() > 1,
+            )
+            texts += tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
             if progress:
-                progress(len(rows))
-    return replies
+                before = min(start * rank_count(), len(order))
+                progress(min(len(rows) * rank_count(), len(order) - before))
+    found = part.joined(texts)
+    replies = dict(zip(order, found, strict=True))
+    return [replies[row] for row in range(len(encoded))]
+
+
+def _generator_of(model: nn.Module, inner: PreTrainedModel) -> Any:
+    """What to call `generate` on: FSDP prepares its outermost module only, everything else is best left out."""
+    return model if isinstance(model, FSDPModule) else inner
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

@@ -95,8 +95,12 @@ def load_model(
     quantization_config: object | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    move: bool = True,
 ) -> PreTrainedModel:
     """A causal LM in evaluation mode, on an accelerator if there is one.
+
+    Args:
+        move: put it there; otherwise it stays where it was loaded to, as one must whose weights are sharded later.
 
     Raises:
         InputError: it cannot be loaded or is not a decoder-only language model.
@@ -113,7 +117,7 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise InputError(f"`{name}` cannot be loaded: {str(error).splitlines()[0]}") from error
-    if quantization_config is None:
+    if quantization_config is None and move:
         model.to(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"))
     assert isinstance(model, PreTrainedModel)
     return model.eval()

@@ -26,6 +26,7 @@ from cosmic.blocks import find_blocks
 from cosmic.candidates import Candidates
 from cosmic.config import ExtractionConfig
 from cosmic.interventions import Edits
+from cosmic.ranks import rank_count, share
 
 Encoded = Sequence[Sequence[int]]
 
@@ -98,12 +99,12 @@ def score_candidates(
     refusal_tokens: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Scores of every candidate on encoded validation prompts.
+    """Scores of every candidate on encoded validation prompts; several processes divide the candidates among them.
 
     Args:
         layers: the evaluation layers.
         refusal_tokens: ids for the substring method.
-        progress: called with (done, total) after each candidate.
+        progress: called with (done, total) after each candidate of this process and those that others score meanwhile.
     """
 
     def run(prompts: Encoded, edits: Edits | None) -> Reading:
@@ -124,25 +125,33 @@ def score_candidates(
     clean = run(both, None)
     assert clean.logits is not None
     clean_harmful, clean_harmless = clean.states[:count, 0], clean.states[count:, 0]
-    size = candidates.vectors.shape[:2]
-    names = ("comply", "refuse", "kl", "bypass", "induce")
-    maps = {name: torch.full(size, torch.nan, dtype=torch.float64) for name in names}
-    for done, cell in enumerate(itertools.product(*map(range, size))):
+
+    def scores_of(cell: tuple[int, int]) -> list[float]:
         ablate, add = candidate_edits(model, candidates.vectors[cell], candidates.references[cell], cell[1], config)
         ablated, added = run(both, ablate), run(harmless, add)
+        assert clean.logits is not None
         assert ablated.logits is not None
         assert added.logits is not None
-        maps["comply"][cell] = similarity(ablated.states[:count, 0], clean_harmless, config.aggregate)
-        maps["refuse"][cell] = similarity(added.states[:, 0], clean_harmful, config.aggregate)
-        maps["kl"][cell] = kl_divergence(clean.logits[count:], ablated.logits[count:])
+        found = [
+            similarity(ablated.states[:count, 0], clean_harmless, config.aggregate),
+            similarity(added.states[:, 0], clean_harmful, config.aggregate),
+            kl_divergence(clean.logits[count:], ablated.logits[count:]),
+        ]
         if config.method == "substring":
-            maps["bypass"][cell] = refusal_metric(ablated.logits[:count], refusal_tokens)
-            maps["induce"][cell] = refusal_metric(added.logits, refusal_tokens)
+            metrics = (refusal_metric(logits, refusal_tokens) for logits in (ablated.logits[:count], added.logits))
+            found += metrics
+        return found
+
+    positions, depth = candidates.vectors.shape[:2]
+    cells = list(itertools.product(range(positions), range(depth)))
+    part = share(len(cells))
+    found = []
+    for done, cell in enumerate(part.of(cells), start=1):
+        found.append(scores_of(cell))
         if progress:
-            progress(done + 1, size[0] * size[1])
-    if config.method == "cosmic":
-        return Scores(maps["comply"], maps["refuse"], maps["kl"])
-    return Scores(**maps)
+            progress(min(done * rank_count(), len(cells)), len(cells))
+    table = torch.tensor(part.joined(found), dtype=torch.float64).T
+    return Scores(*table.reshape(-1, positions, depth))
 
 
 def candidate_edits(

@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     temporary = Path(name)
     try:
         yield temporary
@@ -38,12 +38,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _cannot_write(path: Path, error: OSError | SafetensorError) -> InputError:
+def cannot_write(path: Path, error: OSError | SafetensorError) -> InputError:
+    """The error that says so in one line."""
     reason = error.strerror if isinstance(error, OSError) else error
     return InputError(f"cannot write `{path}`: {reason}. Choose another folder or free some space.")
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from refat.console import input_errors_as_one_line
 
-# TRL and PEFT still use names that transformers has deprecated; their users can do nothing about it.
-warnings.filterwarnings("ignore", category=FutureWarning, message=".*is deprecated and will be removed in v6.*")
+# TRL, PEFT and DeepSpeed still use names that transformers and torch have deprecated; their users can do nothing about it.
+for name in ("is deprecated and will be removed in v6", "`torch.distributed.* is deprecated"):
+    warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{name}.*")
 
 
 def main() -> None:
@@ -25,18 +26,19 @@ def main() -> None:
     settings = parse(sys.argv[1:], default=Path(__file__).parent / "demo" / "refat_cosmic.yaml")
     run = harden.prepare(*settings)
 
-    # 2. Train the adapter while an adversary deletes refusal directions; find them again after every epoch.
-    adapters = {"refat": harden.train_hardened(run)}
+    with harden.resumable(run):
+        # 2. Train the adapter while an adversary deletes refusal directions; find them again after every epoch.
+        adapters = {"refat": harden.train_hardened(run)}
 
-    # 3. Train the control: the same rows, steps and LoRA, nothing deleted.
-    if run.config.sft_control:
-        adapters = {"sft": harden.train_control(run), **adapters}
+        # 3. Train the control: the same rows, steps and LoRA, nothing deleted.
+        if run.config.sft_control:
+            adapters = {"sft": harden.train_control(run), **adapters}
 
-    # 4. Attack the base model, the control and the hardened model on prompts that none of them has seen.
-    results = harden.evaluate(run, adapters)
+        # 4. Attack the base model, the control and the hardened model on prompts that none of them has seen.
+        results = harden.evaluate(run, adapters)
 
-    # 5. Write the report, print the table and the places of everything.
-    harden.show(run, results, adapters)
+        # 5. Write the report, print the table and the places of everything.
+        harden.show(run, results, adapters)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Defaults marked (ReFAT) are that paper's, as far as known (arXiv:2409.20089 and 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from trl import SFTConfig
 
 from cosmic.config import ExtractionConfig
 from cosmic.errors import InputError
+from refat import launch
 
 FORMS = ("linear", "affine", "layerwise")
 TOKENS = ("all", "prompt", "completion")
@@ -94,6 +96,11 @@ class RefatConfig(SFTConfig):
     drift_prompts: int = option(64, "Validation prompts per kind for the behaviour in the drift record; 0 for none.")
     drift_max_new_tokens: int = option(100, "Longest reply in the drift record, in tokens.")
     drift_directions: int = option(8, "Most directions to ablate in turn for K in the drift record; 0 to leave K out.")
+    evaluate_sharded: bool | None = option(
+        None,
+        "Under ZeRO-3 and FSDP: keep the weights sharded in the drift record and the final evaluation, which is slower; by "
+        "default only if the model does not fit whole on a device.",
+    )
 
     bf16: bool | None = option(None, "Mixed bf16; by default where the accelerator supports it.")
     gradient_checkpointing: bool | None = option(
@@ -111,11 +118,14 @@ class RefatConfig(SFTConfig):
         self.use_cpu: bool = self.use_cpu or not accelerator
         if self.bf16 is None:
             supported = accelerator and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            self.bf16 = supported and not self.fp16 and not self.use_cpu
+            asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the launch file's
+            self.bf16 = not self.fp16 and (asked == "bf16" or (asked == "no" and supported and not self.use_cpu))
         chosen = (self.activation_checkpointing, self.gradient_checkpointing, not self.use_cpu)
         self.activation_checkpointing: bool | None = next(value for value in chosen if value is not None)
         self._check()
+        launch.start(self.use_cpu, self.ddp_timeout)
         super().__post_init__()
+        launch.check("bf16" if self.bf16 else "fp16" if self.fp16 else "no")
 
     def _check(self) -> None:
         self._require(self.adversary in ADVERSARIES, "adversary", f"one of {ADVERSARIES}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
 
+import datasets
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -23,6 +26,13 @@ def console() -> Console:
     return Console(quiet=not is_main_process(), highlight=False)
 
 
+def quiet_other_processes() -> None:
+    """No progress bars of libraries but on the main process."""
+    if not is_main_process():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
 @contextlib.contextmanager
 def progress_bar(total: int, what: str) -> Iterator[Progress]:
     """A bar of `total` steps; its first task is the whole."""
@@ -35,6 +45,7 @@ def progress_bar(total: int, what: str) -> Iterator[Progress]:
 @contextlib.contextmanager
 def input_errors_as_one_line() -> Iterator[None]:
     """A user's mistake ends the program with one line and exit code 2; anything else keeps its traceback."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels for CPUs whenever PEFT imports it
     try:
         yield
     except InputError as error:

@@ -32,6 +32,7 @@ from refat.console import is_main_process
 from refat.data.schema import Item
 from refat.evaluate import Answering
 from refat.judges import Outcome
+from refat.sharding import gathered
 
 REFUSAL_FLOOR = 0.3
 ROUNDING = 1e-6
@@ -155,6 +156,10 @@ class DriftTracker(TrainerCallback):
             self._observe(_epoch_of(state), step)
 
     def _observe(self, epoch: int, step: int) -> None:
+        with gathered(self.trainer):
+            self._record(epoch, step)
+
+    def _record(self, epoch: int, step: int) -> None:
         model, tokenizer = self.trainer.model, self.answering.tokenizer
         found = extract(model, tokenizer, *self.prompts, self.config.extraction())
         first, previous = self.first or found, self.previous or found

@@ -208,17 +208,26 @@ class Evaluation:
     answering: Answering
     benign_under_attack: bool = False
 
-    def run(self, base: nn.Module, adapters: Mapping[str, Path], folder: Path) -> dict[str, Any]:
+    def run(
+        self,
+        base: nn.Module,
+        adapters: Mapping[str, Path],
+        folder: Path,
+        prepare: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> dict[str, Any]:
         """Attack `base` alone and with each of `adapters`; write `results.json` and `samples.json` into `folder`.
 
         Args:
             base: the model without any adapter; it may be changed.
             adapters: folder by system name, e.g. `{"sft": ..., "refat": ...}`.
+            prepare: applied to the model with all its adapters, to shard it.
 
         Returns:
             The content of `results.json`.
         """
         model, systems = _systems(base, adapters)
+        if prepare:
+            model = prepare(model)
         names = check_attacks(self.attacks)
         rows: list[ResultRow] = []
         samples: list[Sample] = []

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cosmic.errors import InputError
 from cosmic.loading import resolve_name
+from refat.adversaries import require_layers
 from refat.data.schema import Item
 from refat.judges import Judge
 
@@ -37,11 +38,7 @@ def check_layers(model: Any, layer_range: Sequence[int] | None, peft_config: Pef
     Raises:
         InputError: `layer_range` or `lora_target_modules` names something else.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    if layer_range is not None and layer_range[-1] >= count:
-        raise InputError(
-            f"`layer_range` is {list(layer_range)}, but the model has layers 0 to {count - 1}. Correct it."
-        )
+    require_layers(layer_range, model.config.get_text_config().num_hidden_layers)
     try:
         with warnings.catch_warnings(action="ignore"):
             get_peft_model(model, peft_config)

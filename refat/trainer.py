@@ -21,19 +21,23 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from cosmic.blocks import find_blocks
+from cosmic.blocks import DecoderBlocks, Site, find_blocks
 from cosmic.candidates import difference_in_means
 from cosmic.errors import InputError
 from cosmic.extraction import Extraction, extract, split_prompts
 from cosmic.interventions import Edits, Interventions
 from cosmic.prompts import Prompt, PromptEncoder, common_suffix, pad_id
+from cosmic.ranks import require_same
 from cosmic.storage import read_tensors, write_tensors
-from refat.adversaries import editable_sites, make_adversary
+from refat.adversaries import Adversary, editable_sites, make_adversary, require_layers
+from refat.checkpoints import UNFINISHED, clear_unfinished, finish, writing_errors
 from refat.config import RefatConfig
 from refat.data.schema import KINDS
+from refat.launch import Launch
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +105,9 @@ class RefatTrainer(SFTTrainer):
         )
         self.data_collator = RefatCollator(**vars(self.data_collator))
         self.refat_args = args
-        blocks = find_blocks(self.model)
-        self.adversary = make_adversary(args, blocks)
-        self._sites = frozenset(editable_sites(blocks, args.layer_range))
-        self.interventions = Interventions(self.model)
+        self.launch = Launch.of(args)
+        require_layers(args.layer_range, self.model.config.get_text_config().num_hidden_layers)
+        self._saving = False
         self._encoder = PromptEncoder(processing_class)
         self._prompts = (list(harmful), list(harmless))
         parts = split_prompts(harmful, harmless, args.extraction())
@@ -117,12 +120,35 @@ class RefatTrainer(SFTTrainer):
         self._step_and_micro_step = (-1, -1)
         self._refreshed_at = -1
 
+    @functools.cached_property
+    def blocks(self) -> DecoderBlocks:
+        """The model's blocks, measured when first asked for: sharded weights can only run once training has begun."""
+        return find_blocks(self.model)
+
+    @functools.cached_property
+    def adversary(self) -> Adversary:
+        """Who perturbs."""
+        return make_adversary(self.refat_args, self.blocks)
+
+    @functools.cached_property
+    def interventions(self) -> Interventions:
+        """The hooks, put on when first asked for."""
+        return Interventions(self.model)
+
+    @functools.cached_property
+    def _sites(self) -> frozenset[Site]:
+        return frozenset(editable_sites(self.blocks, self.refat_args.layer_range))
+
     def reselect(self, extraction: Extraction) -> None:
         """Give the adversary a new extraction, as `DriftTracker` does at step 0 and after every epoch.
 
         An adversary that needs one and has got none by the first step makes one extraction and stays with its places.
         """
         self.adversary.reselect(extraction)
+        self._require_same_directions()
+
+    def _require_same_directions(self) -> None:
+        require_same(list(self.adversary.state().values()), "directions")
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -145,8 +171,12 @@ class RefatTrainer(SFTTrainer):
             self.interventions.edits = {}
 
     def _generator(self, micro_step: int) -> torch.Generator:
-        """A generator that depends on where training is, and on nothing that came before."""
-        return seeded_generator(self.args.seed, self.state.global_step, micro_step, self.accelerator.process_index)
+        """A generator that depends on where training is, and on nothing that came before.
+
+        Batches are counted over processes, so that two processes draw what one does that accumulates over two.
+        """
+        batch = micro_step * self.accelerator.num_processes + self.accelerator.process_index
+        return seeded_generator(self.args.seed, self.state.global_step, batch)
 
     def _draw_rows(self, kind: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """`[batch]` bool: each eligible row with probability p, independently."""
@@ -190,6 +220,7 @@ class RefatTrainer(SFTTrainer):
             pad=pad_id(self.processing_class),
         )
         self.adversary.refresh(candidates)
+        self._require_same_directions()
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluation sees the plain model."""
@@ -220,12 +251,27 @@ class RefatTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: a card without results would say nothing about safety."""
 
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED) if self._saving else folder
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # First, as the trainer's state, which comes last, is what tells a whole checkpoint from a broken one.
-        if self.args.should_save and self.adversary.state():
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            write_tensors(folder / STATE_FILE, self.adversary.state())
-        super()._save_checkpoint(model, trial)
+        """Write the whole checkpoint, of all processes, beside its place and then rename it."""
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear_unfinished(folder)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        with writing_errors(folder / name):
+            if self.args.should_save and self.adversary.state():
+                write_tensors(folder / UNFINISHED / name / STATE_FILE, self.adversary.state())
+            super()._save_checkpoint(model, trial)
+        self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish(folder, name, self.launch)
+            rotate_checkpoints(str(folder), self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Here and not with the weights, which DeepSpeed loads by itself.

@@ -21,6 +21,7 @@ __all__ = [
     "StaticAdversary",
     "editable_sites",
     "make_adversary",
+    "require_layers",
 ]
 
 
@@ -51,9 +52,18 @@ def editable_sites(blocks: DecoderBlocks, layer_range: Sequence[int] | None) -> 
     """
     if layer_range is None:
         return blocks.sites()
+    require_layers(layer_range, len(blocks))
     first, last = layer_range
-    if last >= len(blocks):
-        raise InputError(
-            f"`layer_range` is {list(layer_range)}, but the model has layers 0 to {len(blocks) - 1}. Correct it."
-        )
     return [site for site in blocks.sites() if first <= site.layer <= last]
+
+
+def require_layers(layer_range: Sequence[int] | None, count: int) -> None:
+    """Refuse layers that a model of `count` layers does not have.
+
+    Raises:
+        InputError: `layer_range` names one.
+    """
+    if layer_range is not None and layer_range[-1] >= count:
+        raise InputError(
+            f"`layer_range` is {list(layer_range)}, but the model has layers 0 to {count - 1}. Correct it."
+        )

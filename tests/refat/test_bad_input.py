@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from cosmic.errors import InputError
+from cosmic.storage import write_tensors
+from refat.checkpoints import finish, last_complete_checkpoint, require_resumable
 from refat.console import input_errors_as_one_line
-from refat.harden import last_complete_checkpoint, prepare
+from refat.harden import prepare
+from refat.launch import Launch
 from refat.run_config import parse
 from tests.refat.places import listing
 
@@ -219,28 +223,33 @@ def test_folder_of_another_run_is_refused_and_that_of_the_same_run_is_not(place:
     refused(place, "no record of a run", config)
 
 
-def test_other_processes_do_not_mind_what_the_main_one_has_begun(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("config.yaml").write_text(yaml.safe_dump(settings()))
-    Path("run").mkdir()
-    Path("run/.run.json.x8").write_text("{")
-    monkeypatch.setenv("RANK", "1")
-    prepare(*parse(["--config", "config.yaml"], Path("nowhere")))
-    monkeypatch.setenv("RANK", "0")
-    refused(place, "is not empty", ["--config", "config.yaml"])
-
-
 def test_broken_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    """Empty, without its last file, with a torn file, or with another name."""
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
-    for name, whole in (
-        ("checkpoint-9", True),
-        ("checkpoint-10", True),
-        ("checkpoint-11", False),
-        ("checkpoint-best", True),
-    ):
-        (tmp_path / name).mkdir()
-        if whole:
-            (tmp_path / name / "trainer_state.json").write_text("{}")
+    for number in (9, 10, 11, 12, 13):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    for number in (9, 10, 12, 13):
+        write_tensors(tmp_path / f"checkpoint-{number}" / "adapter_model.safetensors", {"a": torch.ones(3)})
+    for number in (9, 10, 11, 13):
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    torn = tmp_path / "checkpoint-13" / "adapter_model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-4])
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epoch": ')
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+
+
+def test_checkpoint_of_other_processes_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / ".unfinished" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    written = finish(tmp_path, "checkpoint-4", Launch(2, "ZeRO-2"))
+    assert written == tmp_path / "checkpoint-4"
+    assert not checkpoint.exists()
+    require_resumable(written, Launch(2, "ZeRO-2"))
+    for launch in (Launch(1, "single"), Launch(4, "ZeRO-2"), Launch(2, "DDP")):
+        with pytest.raises(InputError, match=r"checkpoint-4` was written by 2 process\(es\), ZeRO-2; this launch is"):
+            require_resumable(written, launch)
 
 
 # --- whole programs

@@ -70,9 +70,9 @@ def test_run_leaves_every_product_and_is_not_done_twice(
     loaded: list[weakref.ref[PreTrainedModel]] = []
     load = harden._load_base
 
-    def noted(run: harden.Run) -> PreTrainedModel:
+    def noted(run: harden.Run, **options: bool) -> PreTrainedModel:
         assert not any(earlier() for earlier in loaded), "the last model still takes up memory"
-        model = load(run)
+        model = load(run, **options)
         loaded.append(weakref.ref(model))
         return model
 
@@ -144,11 +144,11 @@ def test_what_is_scored_is_left_out_of_everything_else(config: Path, tmp_path: P
     }
     config.write_text(yaml.safe_dump(settings))
     run = harden.prepare(*parse(["--config", str(config)], config))
-    asked = {str(item.prompt) for item in run.items["harmful"]}
-    assert len(asked) == len(run.items["harmful"]) == 4
+    asked = {str(item.prompt) for item in run.prompts.items["harmful"]}
+    assert len(asked) == len(run.prompts.items["harmful"]) == 4
     numbers = {text[-2] for text in asked}
-    trained = {row["prompt"][0]["content"].strip() for row in run.rows if row["kind"] == "harmful"}
-    for texts in (trained, {str(prompt).strip() for prompt in run.harmful}):
+    trained = {row["prompt"][0]["content"].strip() for row in run.prompts.rows if row["kind"] == "harmful"}
+    for texts in (trained, {str(prompt).strip() for prompt in run.prompts.harmful}):
         assert not {text.rstrip("?")[-1] for text in texts if "lock" in text.lower()} & numbers
         assert {record["prompt"] for record in fresh} <= texts
-    assert {str(item.prompt) for item in run.validation["harmful"]} == {r["prompt"] for r in scored} - asked
+    assert {str(item.prompt) for item in run.prompts.validation["harmful"]} == {r["prompt"] for r in scored} - asked

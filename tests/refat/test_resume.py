@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from refat.checkpoints import UNFINISHED, last_complete_checkpoint
 from refat.drift import DriftTracker
 from refat.evaluate import Answering
 from refat.judges import ExactJudge
@@ -92,21 +93,29 @@ def test_run_stopped_after_its_last_step_ends_the_same(trainer_of: TrainerOf, tm
     assert (tmp_path / "run" / "drift.jsonl").read_text() == history
 
 
-def test_checkpoint_is_whole_only_with_the_adversary_in_it(
-    trainer_of: TrainerOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_checkpoint_cut_short_is_never_seen(
+    place: str, trainer_of: TrainerOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_of(max_steps=1, save_strategy="steps", save_steps=1)
+    """Whatever part is missing, the checkpoint before it is the last; the next one tidies up."""
+    options: dict[str, Any] = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(**options)
+    save = getattr(trainer, place)
 
-    def broken(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def broken(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        save(*args, **kwargs)
 
-    monkeypatch.setattr(trainer.state, "save_to_json", broken)
-    monkeypatch.setattr(trainer, "_save_rng_state", broken)
+    monkeypatch.setattr(trainer, place, broken)
     with pytest.raises(KeyboardInterrupt):
         train(trainer)
-    folder = tmp_path / "run" / "checkpoint-1"
-    assert (folder / STATE_FILE).is_file()
-    assert not (folder / "trainer_state.json").exists()
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-1", UNFINISHED}
+    assert (folder / UNFINISHED / "checkpoint-2" / STATE_FILE).is_file()
+    assert (folder / "checkpoint-1" / STATE_FILE).is_file()
+    train(trainer_of(**options), resume_from_checkpoint=str(last_complete_checkpoint(folder)))
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-3", "checkpoint-4"}
 
 
 def test_the_control_sees_the_same_rows_in_the_same_order(trainer_of: TrainerOf) -> None:

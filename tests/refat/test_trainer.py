@@ -161,7 +161,7 @@ def test_draws_depend_on_seed_step_micro_step_and_rank_only(
     assert [step for step, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(recording.gradients) == 4
     for index, (step, rows) in enumerate(seen):
-        generator = seeded_generator(SMALL["seed"], step, index % 2, 0)
+        generator = seeded_generator(SMALL["seed"], step, index % 2)
         assert torch.equal(rows, torch.rand(2, generator=generator) < 0.5)
     again = trainer_of(**options)
     torch.rand(7)
@@ -169,12 +169,14 @@ def test_draws_depend_on_seed_step_micro_step_and_rank_only(
     train(again)
     assert all(torch.equal(first[1], second[1]) for first, second in zip(seen, repeated, strict=True))
 
-    places = [(3, 0, 0, 0), (4, 0, 0, 0), (3, 1, 0, 0), (3, 0, 1, 0), (3, 0, 0, 1)]
+    places = [(3, 0, 0), (4, 0, 0), (3, 1, 0), (3, 0, 1), (3, 0, "refresh")]
     draws = {tuple(torch.rand(4, generator=seeded_generator(*place)).tolist()) for place in places}
     assert len(draws) == len(places)
-    before = trainer._generator(0).initial_seed()
-    monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda _: 1))
-    assert trainer._generator(0).initial_seed() != before
+    alone = [trainer._generator(batch).initial_seed() for batch in range(4)]
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda _: 2))
+    for rank in (0, 1):
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", property(lambda _, rank=rank: rank))
+        assert [trainer._generator(batch).initial_seed() for batch in range(2)] == alone[rank::2]
 
 
 # --- evaluation, generation, after training
@@ -240,6 +242,7 @@ def hook_counts(model: nn.Module) -> list[tuple[int, int]]:
 
 def test_hooks_are_gone_after_remove(trainer_of: TrainerOf) -> None:
     trainer = trainer_of()
+    assert trainer.interventions.edits == {}
     plain = copy.deepcopy(trainer.model)
     trainer.interventions.remove()
     without = hook_counts(trainer.model)
