@@ -31,6 +31,7 @@ from cosmic.direction import Direction, LayerDirections
 from cosmic.errors import InputError
 from cosmic.loading import registered_name
 from cosmic.prompts import Prompt, PromptEncoder, pad_id
+from cosmic.ranks import rank
 from cosmic.scoring import Encoded, evaluation_layers, score_candidates
 from cosmic.selection import Cell, Selection, select
 from cosmic.storage import read_json, read_tensors, write_json, write_tensors
@@ -154,8 +155,10 @@ def extract(
 ) -> Extraction:
     """Find the direction along which `model` refuses (COSMIC §3).
 
+    Where `torch.distributed` runs, all processes call this alike, divide the work and get the same extraction.
+
     Args:
-        model: a causal LM, wrapped by PEFT, DDP or nothing; it is left as it was.
+        model: a causal LM, wrapped by PEFT, DDP, DeepSpeed, FSDP2 or nothing; it is left as it was.
         tokenizer: its tokenizer, with a chat template.
         harmful: prompts it should refuse, as texts or message lists; repeated ones count once.
         harmless: prompts it should answer.
@@ -252,7 +255,7 @@ def _select(scores: Any, candidates: Candidates, config: ExtractionConfig) -> Se
         selection = select(scores, candidates.positions, candidates.vectors.norm(dim=-1), config)
     except ArithmeticError as error:
         raise InputError(f"{error}. Give prompts that the model tells apart.") from error
-    if selection.relaxed:
+    if selection.relaxed and rank() == 0:
         log.warning("no candidate passed the filters; the best of those outside the last layers was taken")
     return selection
 

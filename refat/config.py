@@ -35,7 +35,8 @@ class RefatConfig(SFTConfig):
     """Configuration of [`RefatTrainer`].
 
     Differs from `SFTConfig` in these defaults: `bf16` only where the accelerator has it, `use_cpu` where there is no
-    accelerator, `gradient_checkpointing` off on CPU, `report_to` none, `save_strategy` and `logging` as below.
+    accelerator, `gradient_checkpointing` off on CPU, `ddp_find_unused_parameters` false, `report_to` none, `save_strategy` and
+    `logging` as below.
 
     Raises:
         InputError: a value is outside its range, or packing is on.
@@ -105,6 +106,9 @@ class RefatConfig(SFTConfig):
     bf16: bool | None = option(None, "Mixed bf16; by default where the accelerator supports it.")
     gradient_checkpointing: bool | None = option(
         None, "Compute activations anew in backward, to save memory; by default on an accelerator only."
+    )
+    ddp_find_unused_parameters: bool | None = option(
+        False, "DDP's search for weights without gradient: every LoRA weight has one, with or without edits."
     )
     learning_rate: float = option(2e-4, "Peak learning rate.")
     lr_scheduler_type: str = option("cosine", "A constant rate was unstable at the end (prototype), so decay.")

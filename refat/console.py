@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 import datasets
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cosmic.errors import InputError
+
+TIME_TO_SAY_IT = 5.0
 
 
 def is_main_process() -> bool:
@@ -50,5 +53,7 @@ def input_errors_as_one_line() -> Iterator[None]:
         yield
     except InputError as error:
         if is_main_process():
-            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+            print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        else:
+            time.sleep(TIME_TO_SAY_IT)  # the launcher ends all processes when the first has ended
         raise SystemExit(2) from None

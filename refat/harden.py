@@ -259,7 +259,7 @@ def evaluate(run: Run, adapters: dict[str, Path]) -> dict[str, Any]:
         run.config.benign_under_attack,
     )
     if is_to_be_sharded(_skeleton(run), run.training, run.launch):
-        console().print("evaluate: on sharded weights, as the model does not fit whole")
+        console().print("evaluate: on sharded weights")
         base = _load_base(run, move=False)
         results = evaluation.run(base, adapters, run.folder, lambda model: shard(model, run.training, run.launch))
     else:

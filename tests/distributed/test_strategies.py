@@ -1,0 +1,168 @@
+"""Two processes do what one does, whatever they share out: the same losses, directions, records and results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cosmic.extraction import Extraction
+from tests.distributed.conftest import Observed
+
+PLAIN: dict[str, Any] = {"train_rows": 32, "per_device_train_batch_size": 4, "num_train_epochs": 2}
+LEAN: dict[str, Any] = {
+    "train_rows": 22,  # eleven batches of two
+    "per_device_train_batch_size": 2,
+    "num_train_epochs": 1,
+    "adversary": "layerwise",
+    "drift_prompts": 0,
+    "sft_control": False,
+    "attacks": ["direct"],
+    "positions": 1,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "uneven": {**LEAN, "evaluate_sharded": True},
+    "checkpointed": {**LEAN, "gradient_checkpointing": True},
+    "reentrant": {**LEAN, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "bf16": {**LEAN, "bf16": True},
+}
+WRAPPERS = {
+    "multi_cpu": "DistributedDataParallel",
+    "deepspeed_zero1_cpu": "DeepSpeedEngine",
+    "deepspeed_zero2_cpu": "DeepSpeedEngine",
+    "deepspeed_zero3_cpu": "DeepSpeedEngine",
+    "fsdp2_cpu": "FSDPPeftModelForCausalLM",
+}
+Observe = Callable[..., Observed]
+
+
+def accumulating(variants: dict[str, dict[str, Any]], over: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Variants with so many batches per step."""
+    return {
+        name: {**changes, "gradient_accumulation_steps": over.get(name, over["rest"])}
+        for name, changes in variants.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(observe: Observe) -> Observed:
+    """One process, which accumulates over the batches that two have at a time."""
+    return observe(None, 1, accumulating(VARIANTS, {"plain": 4, "rest": 2}))
+
+
+@pytest.fixture(scope="module", params=list(WRAPPERS))
+def together(observe: Observe, request: pytest.FixtureRequest) -> tuple[str, Observed]:
+    """Two processes, `plain` with accumulation too."""
+    config = request.param
+    forced = {"FORCE_FSDP": "1"} if config.startswith("fsdp") else {}
+    return config, observe(config, 2, accumulating(VARIANTS, {"plain": 2, "rest": 1}), **forced)
+
+
+def adapter(observed: Observed, name: str, part: str = "adapter") -> dict[str, torch.Tensor]:
+    return load_file(observed.run(name) / part / "adapter_model.safetensors")
+
+
+def extraction(observed: Observed, name: str, epoch: int) -> Extraction:
+    return Extraction.load(observed.run(name) / "directions" / f"epoch-{epoch}")
+
+
+def test_processes_and_shards_are_what_was_asked_for(together: tuple[str, Observed]) -> None:
+    config, observed = together
+    shards_weights = config in ("deepspeed_zero3_cpu", "fsdp2_cpu")
+    assert observed.output.count("evaluate: on sharded weights") == int(shards_weights)  # where it is asked for
+    for name in VARIANTS:
+        for rank in (0, 1):
+            note = observed.training(name, rank)
+            assert note["processes"] == 2
+            assert note["wrapper"] == WRAPPERS[config]
+            local, whole = note["sizes"]
+            if config == "deepspeed_zero3_cpu":
+                assert local == 0, "between steps no weight is whole anywhere"
+            elif config == "fsdp2_cpu":
+                assert 0.4 * whole < local < 0.6 * whole
+            else:
+                assert local == whole > 0
+    modes = {name: observed.training(name) for name in VARIANTS}
+    assert [name for name, note in modes.items() if note["checkpointing"]] == ["checkpointed", "reentrant"]
+    assert modes["reentrant"]["reentrant"]
+    assert [name for name, note in modes.items() if note["dtype"] == "bf16"] == ["bf16"]
+
+
+def test_losses_and_gradient_norms_are_those_of_one_process(together: tuple[str, Observed], alone: Observed) -> None:
+    _, observed = together
+    for which in (0, 1):
+        for what in ("loss", "grad_norm"):
+            expected, found = alone.logged("plain", what, which), observed.logged("plain", what, which)
+            assert len(found) == 4
+            assert found == pytest.approx(expected, rel=1e-4), (which, what)
+    for name in ("uneven", "checkpointed", "reentrant"):
+        for what in ("loss", "grad_norm"):
+            expected, found = alone.logged("uneven", what), observed.logged(name, what)
+            assert len(found) == 6
+            assert found[:5] == pytest.approx(expected[:5], rel=1e-4), (name, what)  # the sixth repeats rows
+    assert observed.logged("bf16", "loss")[:5] == pytest.approx(alone.logged("bf16", "loss")[:5], rel=2e-2)
+
+
+def test_rows_drawn_are_those_of_one_process(together: tuple[str, Observed], alone: Observed) -> None:
+    _, observed = together
+    draws = [observed.training("plain", rank)["draws"] for rank in (0, 1)]
+    interleaved = [rows for pair in zip(*draws, strict=True) for rows in pair]
+    assert interleaved == alone.training("plain")["draws"]
+    assert any(any(rows) for rows in interleaved)
+    kinds = [step["kinds"] for rank in (0, 1) for step in observed.training("uneven", rank)["micro_steps"]]
+    assert any(0 not in batch for batch in kinds), "some batch has no harmful row"
+    assert any(0 in batch for batch in kinds)
+
+
+def test_directions_are_those_of_one_process(together: tuple[str, Observed], alone: Observed) -> None:
+    _, observed = together
+    for name, epochs in (("plain", 3), ("uneven", 2), ("reentrant", 2)):
+        for epoch in range(epochs):
+            expected, found = extraction(alone, name, epoch), extraction(observed, name, epoch)
+            assert found.selection.chosen == expected.selection.chosen
+            assert found.direction.cosine(expected.direction) > 0.99999
+            if name != "plain" and epoch:
+                continue  # the last step of an uneven epoch repeats rows
+            assert found.selection.ranking[:3] == expected.selection.ranking[:3]
+            for score, values in expected.scores.items():
+                torch.testing.assert_close(found.scores[score], values, rtol=1e-4, atol=1e-5)
+
+
+def test_drift_record_and_results_are_those_of_one_process(together: tuple[str, Observed], alone: Observed) -> None:
+    _, observed = together
+    expected, found = alone.drift("plain"), observed.drift("plain")
+    assert [record["step"] for record in found] == [0, 2, 4]
+    for one, two in zip(expected, found, strict=True):
+        for name, value in one.items():
+            close = pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value
+            assert name == "layer_cosines_to_first" or name == "layer_cosines_to_previous" or two[name] == close, name
+    one, two = (json.loads((run.run("plain") / "results.json").read_text()) for run in (alone, observed))
+    assert {row["n"] for row in two["rows"]} == {5}
+    assert two["rows"] == one["rows"]
+    for name in ("plain", "uneven"):  # every reply, word for word, of every system under every attack
+        one, two = (json.loads((run.run(name) / "samples.json").read_text()) for run in (alone, observed))
+        assert two == one
+    for part in ("adapter", "control/adapter"):
+        wanted, got = adapter(alone, "plain", part), adapter(observed, "plain", part)
+        assert wanted.keys() == got.keys()
+        for key, weight in wanted.items():
+            torch.testing.assert_close(got[key], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_main_process_prints_and_writes(together: tuple[str, Observed]) -> None:
+    _, observed = together
+    assert observed.output.count("train: ") == len(VARIANTS)
+    assert observed.output.count("'train_runtime'") == len(VARIANTS) + 1
+    for name in VARIANTS:
+        left = {path.name for path in observed.run(name).iterdir()}
+        wanted = {"run.json", "results.json", "samples.json", "report.html", "drift.jsonl", "adapter", "directions"}
+        assert wanted <= left
+        assert not any(part.startswith(".") for part in left), left
+        assert {record["directions"] for record in observed.drift(name)} == {
+            f"directions/{path.name}" for path in (observed.run(name) / "directions").iterdir()
+        }

@@ -1,0 +1,105 @@
+"""Launches that would train otherwise than asked are refused, with what to do instead."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import ModelConfig
+
+from cosmic.errors import InputError
+from refat import launch
+from refat.config import RefatConfig
+from refat.harden import _check_quantization
+from refat.launch import Launch
+from refat.run_config import HardenedModelConfig
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+DEEPSPEED = {**LAUNCHED, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+FSDP = {**LAUNCHED, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+REFUSED: list[tuple[str, dict[str, str], str]] = [
+    (
+        "multi-cpu",
+        {**LAUNCHED, "MASTER_ADDR": "127.0.0.1"},
+        r"several processes, but Accelerate started one.*multi_cpu\.yaml",
+    ),
+    ("apart", {"WORLD_SIZE": "2"}, r"2 processes were launched, but each sees 1"),
+    ("fsdp on cpu", FSDP, r"FSDP needs an accelerator.*deepspeed_zero3_cpu\.yaml"),
+    ("fsdp 1", {**FSDP, "FSDP_VERSION": "1"}, r"`fsdp_version` is 1; expected 2"),
+    ("megatron", {**LAUNCHED, "ACCELERATE_USE_MEGATRON_LM": "true"}, r"Megatron-LM, which is not supported"),
+    ("tensor parallel", {"PARALLELISM_CONFIG_TP_SIZE": "2"}, r"`parallelism_config_tp_size` above 1"),
+    ("context parallel", {"PARALLELISM_CONFIG_CP_SIZE": "4"}, r"`parallelism_config_cp_size` above 1"),
+    (
+        "precision",
+        {"ACCELERATE_MIXED_PRECISION": "fp16"},
+        r"launch file is 'fp16', but `bf16` and `fp16` make it 'no'",
+    ),
+]
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing of a launcher's."""
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_", "MASTER_", "WORLD_SIZE")):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("variables", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_launch_is_refused(variables: dict[str, str], message: str, environment: pytest.MonkeyPatch) -> None:
+    launch.start(True, 60)
+    launch.check("no")
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    if variables.get("WORLD_SIZE"):
+        with pytest.raises(InputError, match=message):
+            launch.check("no")
+        return
+    with pytest.raises(InputError, match=message):
+        launch.start(True, 60)
+        launch.check("no")
+
+
+def test_deepspeed_that_is_not_there_is_refused(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    environment.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(InputError, match=r"asks for DeepSpeed.*Install `refat\[deepspeed\]`"):
+        launch.start(True, 60)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("bf16", True), ("no", False)])
+def test_precision_of_the_launch_file_is_the_default(
+    asked: str, expected: bool, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True}
+    assert RefatConfig(**options).bf16 is expected
+    if expected:
+        with pytest.raises(InputError, match="Make them agree"):
+            RefatConfig(bf16=False, **options)
+
+
+@pytest.mark.parametrize("strategy", ["ZeRO-3", "FSDP2"])
+def test_quantized_weights_are_not_taken_apart(strategy: str) -> None:
+    for options in ({"load_in_4bit": True}, {"load_in_8bit": True}):
+        settings = HardenedModelConfig(**options)
+        assert isinstance(settings, ModelConfig)
+        with pytest.raises(InputError, match=f"not supported with {strategy}.*deepspeed_zero2.yaml"):
+            _check_quantization(settings, Launch(2, strategy))
+        _check_quantization(settings, Launch(2, "ZeRO-2"))
+    _check_quantization(HardenedModelConfig(), Launch(2, strategy))
+
+
+def test_names_of_launches() -> None:
+    assert str(Launch(1, "single")) == "1 process"
+    assert str(Launch(8, "ZeRO-3")) == "8 process(es), ZeRO-3"
+    assert [Launch(2, name).shards_weights for name in ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
