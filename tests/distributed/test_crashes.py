@@ -1,4 +1,4 @@
-"""Processes that are killed: the launch ends soon and says where it stands, and the same command ends as if nothing had been."""
+"""Processes that are killed: the launch ends soon, says where it stands, and the same command ends as if nothing had been."""
 
 from __future__ import annotations
 
