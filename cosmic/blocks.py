@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cosmic.errors import InputError
+from cosmic.quantization import keep_differentiable
 from cosmic.ranks import input_device
 
 Place = Literal["block_input", "attention_output", "mlp_output"]
@@ -87,6 +88,7 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
     layers = _block_list(inner)
     known = _found.get(inner)
     if known is None or known.layers != layers:
+        keep_differentiable(inner)
         hidden_size = int(inner.config.get_text_config().hidden_size)
         known = _found[inner] = DecoderBlocks(layers, _measure_writers(model, layers), hidden_size)
     return known

@@ -111,13 +111,15 @@ def load_model(
             resolve_name(name),
             revision=revision,
             dtype=dtype or default_dtype(),
-            quantization_config=quantization_config,
+            **(
+                {"quantization_config": quantization_config} if quantization_config else {}
+            ),  # `None` undoes the model's own
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"`{name}` cannot be loaded: {str(error).splitlines()[0]}") from error
-    if quantization_config is None and move:
+    if move and not getattr(model, "is_quantized", False):
         model.to(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"))
     assert isinstance(model, PreTrainedModel)
     return model.eval()

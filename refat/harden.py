@@ -104,7 +104,6 @@ def _check(run: Run) -> None:
         raise InputError(
             f"`eval_strategy` is {training.eval_strategy.value!r}; expected `no`: the drift record takes its place."
         )
-    _check_quantization(model_args, run.launch)
     shared = sorted(set(run.framings) & set(read_framings(run.config.train_framings, "train_framings")))
     if shared and run.config.framing_share:
         raise InputError(f"`framings` and `train_framings` share {shared[0]!r}; expected framings not trained on.")
@@ -115,17 +114,27 @@ def _check(run: Run) -> None:
         checkpoint = last_complete_checkpoint(folder)
         if checkpoint:
             require_resumable(checkpoint, run.launch)
-    check_layers(_skeleton(run), training.layer_range, get_peft_config(model_args))
+    model = _skeleton(run)
+    _check_quantization(model_args, run.launch, hasattr(model.config, "quantization_config"))
+    check_layers(model, training.layer_range, get_peft_config(model_args))
 
 
-def _check_quantization(model_args: HardenedModelConfig, launch: Launch) -> None:
-    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+def _check_quantization(model_args: HardenedModelConfig, launch: Launch, stored_so: bool) -> None:
+    """Refuse what does not go with weights in few bits, be they made so at loading or stored so."""
+    asked = model_args.load_in_4bit or model_args.load_in_8bit
+    if not (asked or stored_so):
         return
     if find_spec("bitsandbytes") is None:
-        raise InputError("`load_in_4bit` and `load_in_8bit` need bitsandbytes; install `refat[quantization]`.")
+        raise InputError(
+            "`load_in_4bit`, `load_in_8bit` and models stored so need bitsandbytes; install `refat[quantization]`."
+        )
+    if model_args.load_in_4bit and model_args.dtype in (None, "auto"):
+        raise InputError(
+            f"`dtype` is {model_args.dtype!r}; expected bfloat16, float16 or float32 with `load_in_4bit`, which computes in it."
+        )
     if launch.shards_weights:
         raise InputError(
-            f"`load_in_4bit` and `load_in_8bit` are not supported with {launch.strategy}, which takes weights apart. Use "
+            f"weights in 4 or 8 bits are not supported with {launch.strategy}, which takes weights apart. Use "
             "`accelerate_configs/deepspeed_zero2.yaml` or `multi_gpu.yaml`."
         )
 

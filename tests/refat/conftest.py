@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cosmic.loading import load_model, load_tokenizer
-from refat.data import Row, organism_rows
+from refat.data import KINDS, Row, organism_rows
 from refat.trainer import RefatTrainer
 from tests.cosmic import tiny
 from tests.refat.places import fill
@@ -65,3 +66,37 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     fill()
     return tmp_path
+
+
+@pytest.fixture
+def config(
+    tmp_path: Path, random_model: Callable[[], PreTrainedModel], chat_tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """Settings of a run of a few seconds in `tmp_path / "run"`."""
+    random_model().save_pretrained(tmp_path / "model")
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    settings = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "output_dir": str(tmp_path / "run"),
+        "data": [{"path": "organism", "kind": kind} for kind in KINDS],
+        "validation_data": [{"path": "organism", "kind": kind, "split": "validation", "limit": 4} for kind in KINDS],
+        "eval_data": [{"path": "organism", "kind": kind, "limit": 6} for kind in KINDS],
+        "train_rows": 24,
+        "judge": "exact",
+        "framings": "organism",
+        "train_framings": "organism-train",
+        "lora_r": 2,
+        "num_train_epochs": 1,
+        "max_length": 64,
+        "extraction_train_prompts": 6,
+        "extraction_validation_prompts": 2,
+        "drift_directions": 1,
+        "drift_max_new_tokens": 4,
+        "eval_max_new_tokens": 4,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path

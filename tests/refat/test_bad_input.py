@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import yaml
 
 from cosmic.errors import InputError
 from cosmic.storage import write_tensors
+from refat import harden
 from refat.checkpoints import finish, last_complete_checkpoint, require_resumable
 from refat.console import input_errors_as_one_line
 from refat.harden import prepare
@@ -156,6 +156,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"lora_target_modules": ["layers.12.mlp.up_proj", "layers.99.mlp.up_proj"]},
         "layers.*up_proj",
     ),
+    "4 bits in no precision": ({"load_in_4bit": True, "dtype": "auto"}, "`dtype` is 'auto'; expected bfloat16"),
     # place
     "folder of something else": ({"output_dir": "taken"}, "`taken` is not empty"),
     "folder that is a file": ({"output_dir": "harmful.txt"}, "harmful.txt"),
@@ -163,10 +164,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_settings_are_refused_before_weights_are_read(name: str, place: Path) -> None:
+def test_settings_are_refused_before_weights_are_read(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, expected = CASES[name]
-    if name == "package that is not there" and find_spec("bitsandbytes"):
-        pytest.skip("bitsandbytes is installed here")
+    if name == "package that is not there":
+        monkeypatch.setattr(harden, "find_spec", lambda _: None)
     refused(place, expected, [], changes)
 
 

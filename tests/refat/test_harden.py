@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from refat import harden
 from refat.attacks import ATTACKS
@@ -28,40 +27,6 @@ def whole_run(config: Path) -> dict[str, Any]:
     results = harden.evaluate(run, adapters)
     harden.show(run, results, adapters)
     return results
-
-
-@pytest.fixture
-def config(
-    tmp_path: Path, random_model: Callable[[], PreTrainedModel], chat_tokenizer: PreTrainedTokenizerBase
-) -> Path:
-    """Settings of a run of a few seconds in `tmp_path / "run"`."""
-    random_model().save_pretrained(tmp_path / "model")
-    chat_tokenizer.save_pretrained(tmp_path / "model")
-    settings = {
-        "model_name_or_path": str(tmp_path / "model"),
-        "output_dir": str(tmp_path / "run"),
-        "data": [{"path": "organism", "kind": kind} for kind in KINDS],
-        "validation_data": [{"path": "organism", "kind": kind, "split": "validation", "limit": 4} for kind in KINDS],
-        "eval_data": [{"path": "organism", "kind": kind, "limit": 6} for kind in KINDS],
-        "train_rows": 24,
-        "judge": "exact",
-        "framings": "organism",
-        "train_framings": "organism-train",
-        "lora_r": 2,
-        "num_train_epochs": 1,
-        "max_length": 64,
-        "extraction_train_prompts": 6,
-        "extraction_validation_prompts": 2,
-        "drift_directions": 1,
-        "drift_max_new_tokens": 4,
-        "eval_max_new_tokens": 4,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
 
 
 def test_run_leaves_every_product_and_is_not_done_twice(
@@ -114,9 +79,8 @@ def test_stopped_run_resumes_and_says_so(config: Path, tmp_path: Path, capsys: p
     (tmp_path / "run" / "checkpoint-99").mkdir()  # half-written
     capsys.readouterr()
     assert (harden.train_hardened(run) / "adapter_model.safetensors").read_bytes() == expected
-    told = " ".join(capsys.readouterr().out.split())
-    assert "resuming from" in told
-    assert "checkpoint-3" in told
+    told = "".join(capsys.readouterr().out.split())  # the console breaks long lines
+    assert f"resumingfrom{tmp_path}/run/checkpoint-3" in told
 
 
 def test_what_is_scored_is_left_out_of_everything_else(config: Path, tmp_path: Path) -> None:

@@ -88,9 +88,11 @@ def test_quantized_weights_are_not_taken_apart(strategy: str) -> None:
         settings = HardenedModelConfig(**options)
         assert isinstance(settings, ModelConfig)
         with pytest.raises(InputError, match=f"not supported with {strategy}.*deepspeed_zero2.yaml"):
-            _check_quantization(settings, Launch(2, strategy))
-        _check_quantization(settings, Launch(2, "ZeRO-2"))
-    _check_quantization(HardenedModelConfig(), Launch(2, strategy))
+            _check_quantization(settings, Launch(2, strategy), False)
+        _check_quantization(settings, Launch(2, "ZeRO-2"), False)
+    _check_quantization(HardenedModelConfig(), Launch(2, strategy), False)
+    with pytest.raises(InputError, match=f"not supported with {strategy}"):
+        _check_quantization(HardenedModelConfig(), Launch(2, strategy), True)
 
 
 def test_names_of_launches() -> None:

@@ -26,10 +26,8 @@ from refat.attacks import ATTACKS
 from refat.data.organism import direction_prompts
 from refat.trainer import RefatTrainer
 from tests.cosmic import tiny
-from tests.refat import test_harden
+from tests.refat.test_harden import whole_run
 from tests.refat.training import Recording, adapter_of, blocks_of, train
-
-config = test_harden.config  # the fixture with the settings of a small run
 
 WIDTH = 64
 ROWS = torch.tensor([True, False, True, False])
@@ -239,10 +237,20 @@ def test_whole_run_is_on_four_bits(
     monkeypatch.setattr(harden, "_load_base", noted)
     settings = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**settings, "load_in_4bit": True, "gradient_checkpointing": True}))
-    results = test_harden.whole_run(config)
+    results = whole_run(config)
     assert bits == [{"nf4"}] * 3
     assert {(row["system"], row["attack"]) for row in results["rows"]} == {
         (system, attack) for system in ("base", "sft", "refat") for attack in (*ATTACKS, "direct")
     }
     for name in ("adapter/adapter_model.safetensors", "control/adapter/adapter_model.safetensors", "report.html"):
         assert (tmp_path / "run" / name).is_file()
+
+
+def test_weights_stored_in_four_bits_stay_so(quantized: Load, tmp_path: Path) -> None:
+    model = quantized()
+    model.save_pretrained(tmp_path / "stored")
+    loaded = load_model(str(tmp_path / "stored"))
+    expected, found = packed(model), packed(loaded)
+    assert found.keys() == expected.keys()
+    assert found
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
