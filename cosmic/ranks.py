@@ -54,7 +54,7 @@ class Share:
             results: one for each of `indices`; must be picklable.
         """
         found = dict(zip(self.indices[: self.counted], results[: self.counted], strict=True))
-        for part in _gathered(found):
+        for part in from_all(found):
             found |= part
         return [found[index] for index in range(self.total)]
 
@@ -86,12 +86,12 @@ def require_same(tensors: Sequence[torch.Tensor], what: str) -> None:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    found = _gathered(digest.hexdigest()[:12])
+    found = from_all(digest.hexdigest()[:12])
     if len(set(found)) > 1:
         raise RuntimeError(f"{what} differ between processes (checksums {found}); this is a defect, please report it.")
 
 
-def _gathered(value: T) -> list[T]:
+def from_all(value: T) -> list[T]:
     """Every rank's value, in the order of the ranks."""
     if rank_count() == 1:
         return [value]

@@ -114,6 +114,7 @@ class RefatConfig(SFTConfig):
     lr_scheduler_type: str = option("cosine", "A constant rate was unstable at the end (prototype), so decay.")
     warmup_steps: float = option(0.05, "Warm-up: steps, or a share of all steps if below 1.")
     logging_steps: float = option(10, "Steps between log lines.")
+    log_on_each_node: bool = option(False, "Print log lines once per machine rather than once.")
     save_strategy: str = option("epoch", "When to write a checkpoint.")
     save_total_limit: int | None = option(2, "Checkpoints to keep.")
 
@@ -129,7 +130,7 @@ class RefatConfig(SFTConfig):
         self._check()
         launch.start(self.use_cpu, self.ddp_timeout)
         super().__post_init__()
-        launch.check("bf16" if self.bf16 else "fp16" if self.fp16 else "no")
+        launch.check("bf16" if self.bf16 else "fp16" if self.fp16 else "no", self.n_gpu)
 
     def _check(self) -> None:
         self._require(self.adversary in ADVERSARIES, "adversary", f"one of {ADVERSARIES}")

@@ -35,7 +35,6 @@ from refat.judges import make_judge
 from refat.launch import Launch
 from refat.preflight import check_items, check_layers, skeleton
 from refat.prompt_sets import PromptSets, load_prompt_sets
-from refat.report.html import write_report
 from refat.report.table import drift_table, print_results
 from refat.run_config import HardenedModelConfig, RunConfig, resolved
 from refat.sharding import is_to_be_sharded, loading_whole, shard
@@ -112,7 +111,7 @@ def _check(run: Run) -> None:
     split_prompts(prompts.harmful, prompts.harmless, training.extraction())
     for folder in (run.folder, run.folder / "control"):
         checkpoint = last_complete_checkpoint(folder)
-        if checkpoint:
+        if checkpoint and not _is_trained(folder):
             require_resumable(checkpoint, run.launch)
     model = _skeleton(run)
     _check_quantization(model_args, run.launch, hasattr(model.config, "quantization_config"))
@@ -187,7 +186,7 @@ def train_control(run: Run) -> Path:
 
 def _train(run: Run, training: RefatConfig, folder: Path, tracker: DriftTracker | None) -> Path:
     step, adapter = "train" if tracker else "control", folder / "adapter"
-    if (adapter / "adapter_config.json").is_file():
+    if _is_trained(folder):
         console().print(f"{step}: the finished adapter in [bold]{adapter}[/] is used")
         return adapter
     started = time.monotonic()
@@ -217,6 +216,10 @@ def _train(run: Run, training: RefatConfig, folder: Path, tracker: DriftTracker 
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
     return adapter
+
+
+def _is_trained(folder: Path) -> bool:
+    return (folder / "adapter" / "adapter_config.json").is_file()
 
 
 def _save_adapter(run: Run, trainer: RefatTrainer, adapter: Path) -> None:
@@ -283,6 +286,8 @@ def show(run: Run, results: dict[str, Any], adapters: dict[str, Path]) -> None:
     """Write `report.html`, print the table and where everything lies."""
     if not is_main_process():
         return
+    from refat.report.html import write_report  # with it comes a drawing library that only this process needs
+
     report = write_report(run.folder)
     print_results(results, console())
     for what, path in (("adapter", adapters["refat"]), ("results", run.folder / "results.json"), ("report", report)):

@@ -81,14 +81,16 @@ def _require_deepspeed(use_cpu: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def check(precision: str) -> None:
+def check(precision: str, devices: int = 1) -> None:
     """Refuse launches that are not what they were asked to be.
 
     Args:
         precision: `bf16`, `fp16` or `no`, as training will have it.
+        devices: how many GPUs this process would use.
 
     Raises:
-        InputError: processes do not know of each other, FSDP on CPU or of version 1, a kind of parallelism that splits
+        InputError: processes do not know of each other, one process would use several GPUs, FSDP on CPU, of version 1 or
+            with sharded state dicts, a kind of parallelism that splits
             the tokens or the layers of one row, or two precisions at once.
     """
     state, world = PartialState(), int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,14 +99,13 @@ def check(precision: str) -> None:
             f"{world} processes were launched, but each sees {state.num_processes}: they would train apart. Launch with a file "
             "of `accelerate_configs/`."
         )
+    if devices > 1:
+        raise InputError(
+            f"one process sees {devices} GPUs and would split every batch over them. Launch with "
+            "`accelerate_configs/multi_gpu.yaml`, or with `single.yaml`, which uses one."
+        )
     if _asks_for("ACCELERATE_USE_FSDP"):
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise InputError("`fsdp_version` is 1; expected 2. Use `accelerate_configs/fsdp2.yaml`.")
-        if state.distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO):
-            raise InputError(
-                "FSDP needs an accelerator and several processes: on CPU Accelerate leaves it out without a word. Use "
-                "`accelerate_configs/deepspeed_zero3_cpu.yaml`."
-            )
+        _check_fsdp(state)
     if _asks_for("ACCELERATE_USE_MEGATRON_LM"):
         raise InputError(
             "the launch asks for Megatron-LM, which is not supported. Use a file of `accelerate_configs/`."
@@ -119,6 +120,23 @@ def check(precision: str) -> None:
     if asked not in (precision, "no"):
         raise InputError(
             f"`mixed_precision` in the launch file is {asked!r}, but `bf16` and `fp16` make it {precision!r}. Make them agree."
+        )
+
+
+def _check_fsdp(state: PartialState) -> None:
+    expected = {
+        "FSDP_VERSION": "2",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
+    for name, value in expected.items():
+        found = os.environ.get(name, value)
+        if found.lower() != value.lower():
+            raise InputError(f"`{name.lower()}` is {found}; expected {value}. Use `accelerate_configs/fsdp2.yaml`.")
+    if state.distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO):
+        raise InputError(
+            "FSDP needs an accelerator and several processes: on CPU Accelerate leaves it out without a word. Use "
+            "`accelerate_configs/deepspeed_zero3_cpu.yaml`."
         )
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 from trl.models import unwrap_model_for_generation
 
+from cosmic import ranks
 from refat.config import RefatConfig
 from refat.launch import Launch
 
@@ -46,7 +47,8 @@ def is_to_be_sharded(model: nn.Module, training: RefatConfig, launch: Launch) ->
         return training.evaluate_sharded
     if training.use_cpu:
         return False
-    free, _ = torch.accelerator.get_memory_info()
+    torch.accelerator.empty_cache()
+    free = min(ranks.from_all(torch.accelerator.get_memory_info()[0]))  # processes that disagree would wait for ever
     size = 2 if training.bf16 or training.fp16 else 4
     return sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters()) * size > ROOM * free
 

@@ -5,6 +5,7 @@ What may be asked of it by the environment:
 * `FAULT=kind:rank:n` - the n-th time that this rank comes to such a place, the process kills itself: `step` (between forward
   and backward), `checkpoint` (its first files are written), `extraction` (among the candidates of a re-identification).
 * `PAUSE=path` - after its second step the main process creates this file, and every step takes a second longer.
+* `FOUR_BITS=1` - weights in 4 bits are used.
 * `FORCE_FSDP=1` - Accelerate leaves FSDP out on CPU; telling it that the processes are GPU ones makes it shard all the same.
 """
 
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+if not os.environ.get("FOUR_BITS"):  # PEFT imports it where it is found, which takes seconds
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 from refat.console import input_errors_as_one_line
 

@@ -20,9 +20,9 @@ from tests.distributed.conftest import PROGRAM, SETTINGS
 from tests.distributed.launching import Ended, finish, launch, start
 
 RUN: dict[str, Any] = {
-    "train_rows": 32,
+    "train_rows": 16,
     "per_device_train_batch_size": 4,
-    "num_train_epochs": 2,  # of four steps
+    "num_train_epochs": 2,  # of two steps for two processes
     "lora_dropout": 0.1,
     "save_strategy": "steps",
     "save_steps": 1,
@@ -96,10 +96,7 @@ def unbroken(tiny_chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize(
-    ("config", "faults"),
-    [("multi_cpu", 3 * KINDS), ("deepspeed_zero2_cpu", KINDS), ("deepspeed_zero3_cpu", KINDS)],
-)
+@pytest.mark.parametrize(("config", "faults"), [("multi_cpu", 2 * KINDS), ("deepspeed_zero3_cpu", KINDS)])
 def test_killed_again_and_again_it_ends_as_if_never_stopped(
     config: str, faults: tuple[str, ...], unbroken: Any, tiny_chat: Path, tmp_path: Path
 ) -> None:
@@ -133,14 +130,14 @@ def test_killed_again_and_again_it_ends_as_if_never_stopped(
 
 def test_other_processes_than_before_are_refused(unbroken: Any) -> None:
     """A run of two processes does not go on with one."""
-    before = unbroken("deepspeed_zero2_cpu")
+    before = unbroken("deepspeed_zero3_cpu")
     (before.run / "adapter").rename(before.run / "put-away")
     try:
         alone = launch(None, before.program, before.scratch)
         assert alone.code == 2
         lines = [line for line in alone.output.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
-        assert "was written by 2 process(es), ZeRO-2; this launch is 1 process." in lines[0]
+        assert "was written by 2 process(es), ZeRO-3; this launch is 1 process." in lines[0]
     finally:
         (before.run / "put-away").rename(before.run / "adapter")
 

@@ -28,6 +28,16 @@ REFUSED: list[tuple[str, dict[str, str], str]] = [
     ),
     ("apart", {"WORLD_SIZE": "2"}, r"2 processes were launched, but each sees 1"),
     ("fsdp on cpu", FSDP, r"FSDP needs an accelerator.*deepspeed_zero3_cpu\.yaml"),
+    (
+        "fsdp shards",
+        {**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+        r"is SHARDED_STATE_DICT; expected FULL_STATE_DICT",
+    ),
+    (
+        "fsdp empty",
+        {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+        r"`fsdp_cpu_ram_efficient_loading` is true; expected false",
+    ),
     ("fsdp 1", {**FSDP, "FSDP_VERSION": "1"}, r"`fsdp_version` is 1; expected 2"),
     ("megatron", {**LAUNCHED, "ACCELERATE_USE_MEGATRON_LM": "true"}, r"Megatron-LM, which is not supported"),
     ("tensor parallel", {"PARALLELISM_CONFIG_TP_SIZE": "2"}, r"`parallelism_config_tp_size` above 1"),
@@ -61,6 +71,12 @@ def test_launch_is_refused(variables: dict[str, str], message: str, environment:
         environment.setenv(name, value)
     with pytest.raises(InputError, match=message):
         begin()
+
+
+def test_one_process_with_several_gpus_is_refused(environment: pytest.MonkeyPatch) -> None:
+    launch.check("no", 1)
+    with pytest.raises(InputError, match="sees 4 GPUs"):
+        launch.check("no", 4)
 
 
 def test_deepspeed_that_is_not_there_is_refused(environment: pytest.MonkeyPatch) -> None:
