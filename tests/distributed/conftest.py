@@ -41,7 +41,6 @@ SETTINGS: dict[str, Any] = {
     "drift_max_new_tokens": 4,
     "eval_max_new_tokens": 4,
     "eval_batch_size": 2,
-    "attacks": ["direct", "cosmic-lce", "prefill"],
     "gradient_checkpointing": False,
     "report_to": "none",
     "disable_tqdm": True,
@@ -69,14 +68,14 @@ class Observed:
     def run(self, name: str) -> Path:
         return self.folder / name
 
-    def training(self, name: str, rank: int = 0, which: int = 0) -> dict[str, Any]:
-        """Notes of a rank on the first (hardened) or second (control) training."""
-        found: dict[str, Any] = self.notes[rank][name][which]
+    def training(self, name: str, rank: int = 0) -> dict[str, Any]:
+        """Notes of a rank on the training."""
+        found: dict[str, Any] = self.notes[rank][name][0]
         return found
 
-    def logged(self, name: str, what: str, which: int = 0) -> list[float]:
+    def logged(self, name: str, what: str) -> list[float]:
         """All values of a logged number."""
-        return [float(line[what]) for line in self.training(name, 0, which)["log"] if what in line]
+        return [float(line[what]) for line in self.training(name)["log"] if what in line]
 
     def drift(self, name: str) -> list[dict[str, Any]]:
         """The drift record."""

@@ -41,9 +41,9 @@ def force_fsdp() -> None:
 
     check = launch.check
 
-    def forced(precision: str) -> None:
+    def forced(*args: Any) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        check(precision)
+        check(*args)
 
     launch.check = forced
 
@@ -125,6 +125,18 @@ def observe(notes: list[dict[str, Any]]) -> None:
     cosmic.scoring.read = killing("extraction", cosmic.scoring.read)
 
 
+def report_switch() -> Callable[[bool], None]:
+    """Switches the report on and off: drawing it takes as long as a small run, and one per launch is enough."""
+    from refat import harden
+
+    show = harden.show
+
+    def switch(on: bool) -> None:
+        harden.show = show if on else lambda *_: None
+
+    return switch
+
+
 def main(folder: Path, configs: list[str]) -> None:
     """Run the recipe with each of `configs`."""
     torch.set_num_threads(1)
@@ -138,7 +150,9 @@ def main(folder: Path, configs: list[str]) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     notes: list[dict[str, Any]] = []
     observe(notes)
-    for config in configs:
+    report = report_switch()
+    for number, config in enumerate(configs):
+        report(number == 0)
         notes.clear()
         sys.argv = [str(RECIPE), "--config", config]
         recipe.main()

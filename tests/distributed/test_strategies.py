@@ -13,9 +13,15 @@ from safetensors.torch import load_file
 from cosmic.extraction import Extraction
 from tests.distributed.conftest import Observed
 
-PLAIN: dict[str, Any] = {"train_rows": 32, "per_device_train_batch_size": 4, "num_train_epochs": 2}
+PLAIN: dict[str, Any] = {
+    "train_rows": 32,
+    "per_device_train_batch_size": 4,
+    "num_train_epochs": 2,
+    "sft_control": False,
+    "attacks": ["direct", "cosmic-lce"],
+}
 LEAN: dict[str, Any] = {
-    "train_rows": 22,  # eleven batches of two
+    "train_rows": 14,  # seven batches of two
     "per_device_train_batch_size": 2,
     "num_train_epochs": 1,
     "adversary": "layerwise",
@@ -32,13 +38,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {**LEAN, "bf16": True},
     "quantized": {**LEAN, "load_in_4bit": True, "gradient_checkpointing": True},
 }
+TOLERANCES = {("bf16", "loss"): 2e-2, ("bf16", "grad_norm"): 1e-1, ("quantized", "grad_norm"): 1e-2}
+"""Where something is in bfloat16: with 4 bits, TRL keeps the adapter so."""
+
 ALL = ("plain", "uneven", "checkpointed", "reentrant", "bf16")
 STRATEGIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "multi_cpu": ("DistributedDataParallel", ALL),
     "deepspeed_zero1_cpu": ("DeepSpeedEngine", ("plain", "uneven")),
     "deepspeed_zero2_cpu": ("DeepSpeedEngine", ("plain", "reentrant", "quantized")),
-    "deepspeed_zero3_cpu": ("DeepSpeedEngine", ALL),
-    "fsdp2_cpu": ("FSDPPeftModelForCausalLM", ALL),
+    "deepspeed_zero3_cpu": ("DeepSpeedEngine", ("plain", "uneven", "reentrant", "bf16")),
+    "fsdp2_cpu": ("FSDPPeftModelForCausalLM", ("plain", "uneven", "reentrant", "bf16")),
 }
 """What Accelerate wraps the model in, and what is tried, by launch file."""
 Observe = Callable[..., Observed]
@@ -65,8 +74,8 @@ def together(observe: Observe, request: pytest.FixtureRequest) -> tuple[str, Obs
     return config, observe(config, 2, accumulating(names, 2, 1), **environment)
 
 
-def adapter(observed: Observed, name: str, part: str = "adapter") -> dict[str, torch.Tensor]:
-    return load_file(observed.run(name) / part / "adapter_model.safetensors")
+def adapter(observed: Observed, name: str) -> dict[str, torch.Tensor]:
+    return load_file(observed.run(name) / "adapter" / "adapter_model.safetensors")
 
 
 def extraction(observed: Observed, name: str, epoch: int) -> Extraction:
@@ -99,18 +108,17 @@ def test_processes_and_shards_are_what_was_asked_for(together: tuple[str, Observ
 
 def test_losses_and_gradient_norms_are_those_of_one_process(together: tuple[str, Observed], alone: Observed) -> None:
     config, observed = together
-    for which in (0, 1):
-        for what in ("loss", "grad_norm"):
-            expected, found = alone.logged("plain", what, which), observed.logged("plain", what, which)
-            assert len(found) == 4
-            assert found == pytest.approx(expected, rel=1e-4), (which, what)
+    for what in ("loss", "grad_norm"):
+        expected, found = alone.logged("plain", what), observed.logged("plain", what)
+        assert len(found) == 4
+        assert found == pytest.approx(expected, rel=1e-4), what
     for name in STRATEGIES[config][1][1:]:
         reference = name if name in ("bf16", "quantized") else "uneven"  # checkpointing changes nothing
         for what in ("loss", "grad_norm"):
             expected, found = alone.logged(reference, what), observed.logged(name, what)
-            assert len(found) == 6
-            tolerance = {"loss": 2e-2, "grad_norm": 1e-1}[what] if name == "bf16" else 1e-4
-            assert found[:5] == pytest.approx(expected[:5], rel=tolerance), (name, what)  # the sixth repeats rows
+            assert len(found) == 4
+            tolerance = TOLERANCES.get((name, what), 1e-4)
+            assert found[:3] == pytest.approx(expected[:3], rel=tolerance), (name, what)  # the fourth repeats rows
 
 
 def test_rows_drawn_are_those_of_one_process(together: tuple[str, Observed], alone: Observed) -> None:
@@ -132,9 +140,10 @@ def test_directions_are_those_of_one_process(together: tuple[str, Observed], alo
         for epoch in range(3 if name == "plain" else 2):
             expected, found = extraction(alone, reference, epoch), extraction(observed, name, epoch)
             assert found.selection.chosen == expected.selection.chosen
-            assert found.direction.cosine(expected.direction) > 0.99999
-            if name != "plain" and epoch:
-                continue  # the last step of an uneven epoch repeats rows
+            repeated = name != "plain" and epoch > 0  # rows in the last step of an uneven epoch, to fill it up
+            assert found.direction.cosine(expected.direction) > (0.999 if repeated else 0.99999)
+            if repeated:
+                continue
             assert found.selection.ranking[:3] == expected.selection.ranking[:3]
             for score, values in expected.scores.items():
                 torch.testing.assert_close(found.scores[score], values, rtol=1e-4, atol=1e-5)
@@ -156,22 +165,22 @@ def test_drift_record_and_results_are_those_of_one_process(together: tuple[str, 
     ):  # every reply, word for word, of every system under every attack
         one, two = (json.loads((run.run(name) / "samples.json").read_text()) for run in (alone, observed))
         assert two == one
-    for part in ("adapter", "control/adapter"):
-        wanted, got = adapter(alone, "plain", part), adapter(observed, "plain", part)
-        assert wanted.keys() == got.keys()
-        for key, weight in wanted.items():
-            torch.testing.assert_close(got[key], weight, rtol=1e-3, atol=1e-5)
+    wanted, got = adapter(alone, "plain"), adapter(observed, "plain")
+    assert wanted.keys() == got.keys()
+    for key, weight in wanted.items():
+        torch.testing.assert_close(got[key], weight, rtol=1e-3, atol=1e-5)
 
 
 def test_only_the_main_process_prints_and_writes(together: tuple[str, Observed]) -> None:
     config, observed = together
     names = STRATEGIES[config][1]
     assert observed.output.count("train: ") == len(names)
-    assert observed.output.count("'train_runtime'") == len(names) + 1
+    assert observed.output.count("'train_runtime'") == len(names)
     for name in names:
         left = {path.name for path in observed.run(name).iterdir()}
-        wanted = {"run.json", "results.json", "samples.json", "report.html", "drift.jsonl", "adapter", "directions"}
+        wanted = {"run.json", "results.json", "samples.json", "drift.jsonl", "adapter", "directions"}
         assert wanted <= left
+        assert ("report.html" in left) == (name == names[0])
         assert not any(part.startswith(".") for part in left), left
         assert {record["directions"] for record in observed.drift(name)} == {
             f"directions/{path.name}" for path in (observed.run(name) / "directions").iterdir()
