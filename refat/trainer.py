@@ -3,7 +3,7 @@
 The perturbation is in force for the whole of `training_step`, forward *and* backward: under gradient checkpointing the
 backward pass recomputes the forward, and must recompute the perturbed one. Hooks are permanent and do nothing while no
 edits are set, so evaluation, generation and saving see the plain model. All randomness is drawn outside the hooks from a
-generator seeded by (seed, step, micro-step, rank), so a resumed run draws what an unbroken one would have drawn.
+generator seeded by (seed, step, batch), so a resumed run draws what an unbroken one would have drawn.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ from refat.launch import Launch
 log = logging.getLogger(__name__)
 
 STATE_FILE = "adversary.safetensors"
+DRAWS = 0
+"""The stream of random numbers that rows, forms and candidates are drawn from."""
 
 
 class RefatCollator(DataCollatorForLanguageModeling):
@@ -176,7 +178,7 @@ class RefatTrainer(SFTTrainer):
         Batches are counted over processes, so that two processes draw what one does that accumulates over two.
         """
         batch = micro_step * self.accelerator.num_processes + self.accelerator.process_index
-        return seeded_generator(self.args.seed, self.state.global_step, batch)
+        return seeded_generator(self.args.seed, self.state.global_step, batch, DRAWS)
 
     def _draw_rows(self, kind: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """`[batch]` bool: each eligible row with probability p, independently."""

@@ -18,8 +18,8 @@ LIMITED += "sys.argv = sys.argv[2:]; runpy.run_path(sys.argv[0], run_name='__mai
 """Runs a program that cannot write a file beyond so many bytes: to it, the disk is full there."""
 
 
-@pytest.mark.parametrize(("size", "part"), [(30_000, "adapter_model.safetensors"), (60_000, "optimizer.pt")])
-def test_checkpoint_that_does_not_fit(size: int, part: str, tiny_chat: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [30_000, 60_000], ids=["adapter", "optimizer"])
+def test_checkpoint_that_does_not_fit(size: int, tiny_chat: Path, tmp_path: Path) -> None:
     case = Case(None, tiny_chat, tmp_path)
     ended = launch(None, ["-c", LIMITED, str(size), *case.program], tmp_path, WANDB_MODE="disabled")
     assert ended.code == 2, ended.output[-3000:]
@@ -28,7 +28,6 @@ def test_checkpoint_that_does_not_fit(size: int, part: str, tiny_chat: Path, tmp
     assert len(errors) == 1
     assert errors[0].startswith(f"error: cannot write `{case.run}/checkpoint-1`: ")
     assert errors[0].endswith("free some space.")
-    assert not (case.run / UNFINISHED / "checkpoint-1" / part).is_file() or part.endswith(".pt")
     assert last_complete_checkpoint(case.run) is None
     assert not list(case.run.glob("checkpoint-*"))
     assert json.loads((case.run / "run.json").read_text())["seconds"] == {}

@@ -19,7 +19,7 @@ from cosmic.prompts import PromptEncoder
 from refat.config import RefatConfig
 from refat.data import Row, add_prefills, organism_rows, to_dataset
 from refat.data.schema import make_row
-from refat.trainer import RefatTrainer, seeded_generator
+from refat.trainer import DRAWS, RefatTrainer, seeded_generator
 from tests.refat.training import (
     HARMFUL,
     HARMLESS,
@@ -161,7 +161,7 @@ def test_draws_depend_on_seed_step_micro_step_and_rank_only(
     assert [step for step, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(recording.gradients) == 4
     for index, (step, rows) in enumerate(seen):
-        generator = seeded_generator(SMALL["seed"], step, index % 2)
+        generator = seeded_generator(SMALL["seed"], step, index % 2, DRAWS)
         assert torch.equal(rows, torch.rand(2, generator=generator) < 0.5)
     again = trainer_of(**options)
     torch.rand(7)
