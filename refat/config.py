@@ -97,6 +97,11 @@ class RefatConfig(SFTConfig):
     drift_prompts: int = option(64, "Validation prompts per kind for the behaviour in the drift record; 0 for none.")
     drift_max_new_tokens: int = option(100, "Longest reply in the drift record, in tokens.")
     drift_directions: int = option(8, "Most directions to ablate in turn for K in the drift record; 0 to leave K out.")
+    rows_per_step: int | None = option(
+        None,
+        "Rows in a step over all processes, so that a run trains alike on any number of them. It sets "
+        "`gradient_accumulation_steps`, and `per_device_train_batch_size` is the most rows at a time.",
+    )
     evaluate_sharded: bool | None = option(
         None,
         "Under ZeRO-3 and FSDP: keep the weights sharded in the drift record and the final evaluation, which is slower; by "
@@ -128,6 +133,8 @@ class RefatConfig(SFTConfig):
         chosen = (self.activation_checkpointing, self.gradient_checkpointing, not self.use_cpu)
         self.activation_checkpointing: bool | None = next(value for value in chosen if value is not None)
         self._check()
+        if self.rows_per_step is not None:
+            self._divide_rows(self.rows_per_step, int(os.environ.get("WORLD_SIZE", "1")))
         launch.start(self.use_cpu, self.ddp_timeout)
         super().__post_init__()
         launch.check("bf16" if self.bf16 else "fp16" if self.fp16 else "no", self.n_gpu)
@@ -162,6 +169,17 @@ class RefatConfig(SFTConfig):
         )
         self._require(not self.activation_offloading, "activation_offloading", "false: it is not tested with edits")
         self.extraction()
+
+    def _divide_rows(self, rows: int, processes: int) -> None:
+        """Batch and accumulation with which so many processes see so many rows in a step."""
+        self._require(
+            rows >= 1 and rows % processes == 0, "rows_per_step", f"a multiple of {processes}, the processes"
+        )
+        share, most = rows // processes, self.per_device_train_batch_size
+        self.per_device_train_batch_size: int = max(
+            size for size in range(1, min(most, share) + 1) if share % size == 0
+        )
+        self.gradient_accumulation_steps: int = share // self.per_device_train_batch_size
 
     def _require(self, valid: bool, name: str, expected: str) -> None:
         if not valid:

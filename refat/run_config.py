@@ -233,5 +233,8 @@ WHERE_NOT_WHAT = {"output_dir", "logging_steps", "disable_tqdm", "report_to", "r
 
 def settings_digest(settings: dict[str, Any]) -> str:
     """A digest of the settings that decide what a run trains."""
-    deciding = {name: value for name, value in settings.items() if name not in WHERE_NOT_WHAT}
+    divided = (
+        {"per_device_train_batch_size", "gradient_accumulation_steps"} if settings.get("rows_per_step") else set()
+    )
+    deciding = {name: value for name, value in settings.items() if name not in WHERE_NOT_WHAT | divided}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()

@@ -120,3 +120,24 @@ def test_names_of_launches() -> None:
         True,
         True,
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "processes", "batch", "accumulation"),
+    [(32, 32, 1, 32, 1), (32, 32, 2, 16, 1), (32, 4, 2, 4, 4), (24, 5, 2, 4, 3), (8, 16, 8, 1, 1)],
+)
+def test_a_step_has_the_same_rows_on_any_number_of_processes(
+    rows: int, most: int, processes: int, batch: int, accumulation: int, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": most}
+    config = RefatConfig(**options)
+    for _ in range(2):  # a copy divides again
+        config._divide_rows(rows, processes)
+        assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (batch, accumulation)
+    assert RefatConfig(rows_per_step=rows, **options).per_device_train_batch_size <= most
+
+
+def test_rows_that_cannot_be_divided_are_refused(tmp_path: Path) -> None:
+    config = RefatConfig(output_dir=str(tmp_path), use_cpu=True, rows_per_step=6)
+    with pytest.raises(InputError, match=r"`rows_per_step` is 6; expected a multiple of 4"):
+        config._divide_rows(6, 4)
