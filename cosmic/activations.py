@@ -107,7 +107,7 @@ def mean_states(
 
 
 def _device_for(model: nn.Module) -> torch.device:
-    return input_device(model, causal_lm(model).get_input_embeddings())
+    return input_device(causal_lm(model).get_input_embeddings())
 
 
 def _forward(model: nn.Module, batch: TokenBatch, logits: bool) -> torch.Tensor:

@@ -157,7 +157,7 @@ def _measure_writers(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[tup
             )
     try:
         with evaluation_mode(model):
-            device = input_device(model, inner.get_input_embeddings())
+            device = input_device(inner.get_input_embeddings())
             model(input_ids=torch.arange(1, 5, device=device)[None], use_cache=False)
     finally:
         for handle in handles:

@@ -47,7 +47,7 @@ def generate(
         progress: called with the number of rows finished after each batch.
     """
     inner = causal_lm(model)
-    device = input_device(model, inner.get_input_embeddings())
+    device = input_device(inner.get_input_embeddings())
     pad = pad_id(tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -68,11 +68,10 @@ def share(total: int) -> Share:
 
 
 def summed(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks in float64 (float32 on devices without it), bit for bit the same on each of them."""
+    """The sum over all ranks in float64, bit for bit the same on each of them."""
     if rank_count() == 1:
         return values
-    place = _meeting_place()
-    total = values.detach().to(place, torch.float32 if place.type == "mps" else torch.float64, copy=True)
+    total = values.detach().to(_meeting_place(), torch.float64, copy=True)
     distributed.all_reduce(total)
     return total.to(values.device)
 
@@ -118,8 +117,8 @@ def _is_apart(weight: torch.Tensor) -> bool:
     return hasattr(weight, "ds_id") and weight.numel() != weight.ds_numel  # type: ignore[attr-defined]
 
 
-def input_device(model: nn.Module, embedding: nn.Module) -> torch.device:
-    """Where token ids have to be for `model`, whose sharded weights may rest elsewhere than they are used."""
+def input_device(embedding: nn.Module) -> torch.device:
+    """Where token ids have to be for a model with this embedding; a sharded weight may rest elsewhere than it is used."""
     weight = embedding.weight
     assert isinstance(weight, torch.Tensor)
     if isinstance(weight, DTensor):

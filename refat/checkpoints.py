@@ -49,6 +49,11 @@ def finish(folder: Path, name: str, launch: Launch) -> Path:
     return final
 
 
+def is_trained(folder: Path) -> bool:
+    """Whether the training in `folder` has ended: its adapter is renamed into place when it is whole."""
+    return (folder / "adapter" / "adapter_config.json").is_file()
+
+
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; half-written ones are passed over."""
     numbered = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}

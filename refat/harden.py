@@ -24,7 +24,14 @@ from cosmic.extraction import split_prompts
 from cosmic.loading import check_model, load_model, load_tokenizer
 from cosmic.storage import read_json, write_json
 from refat import organism, run_record
-from refat.checkpoints import UNFINISHED, clear_unfinished, last_complete_checkpoint, require_resumable, writing_errors
+from refat.checkpoints import (
+    UNFINISHED,
+    clear_unfinished,
+    is_trained,
+    last_complete_checkpoint,
+    require_resumable,
+    writing_errors,
+)
 from refat.config import RefatConfig
 from refat.console import console, is_main_process, quiet_other_processes
 from refat.data.schema import KINDS, fingerprint, to_dataset
@@ -111,7 +118,7 @@ def _check(run: Run) -> None:
     split_prompts(prompts.harmful, prompts.harmless, training.extraction())
     for folder in (run.folder, run.folder / "control"):
         checkpoint = last_complete_checkpoint(folder)
-        if checkpoint and not _is_trained(folder):
+        if checkpoint and not is_trained(folder):
             require_resumable(checkpoint, run.launch)
     model = _skeleton(run)
     _check_quantization(model_args, run.launch, hasattr(model.config, "quantization_config"))
@@ -186,7 +193,7 @@ def train_control(run: Run) -> Path:
 
 def _train(run: Run, training: RefatConfig, folder: Path, tracker: DriftTracker | None) -> Path:
     step, adapter = "train" if tracker else "control", folder / "adapter"
-    if _is_trained(folder):
+    if is_trained(folder):
         console().print(f"{step}: the finished adapter in [bold]{adapter}[/] is used")
         return adapter
     started = time.monotonic()
@@ -204,7 +211,7 @@ def _train(run: Run, training: RefatConfig, folder: Path, tracker: DriftTracker 
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint:
         console().print(f"{step}: resuming from [bold]{checkpoint}[/]")
-    _say_what_is_trained(run, trainer, step)
+    _say_whatis_trained(run, trainer, step)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.interventions.remove()
     _save_adapter(run, trainer, adapter)
@@ -216,10 +223,6 @@ def _train(run: Run, training: RefatConfig, folder: Path, tracker: DriftTracker 
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
     return adapter
-
-
-def _is_trained(folder: Path) -> bool:
-    return (folder / "adapter" / "adapter_config.json").is_file()
 
 
 def _save_adapter(run: Run, trainer: RefatTrainer, adapter: Path) -> None:
@@ -236,7 +239,7 @@ def _save_adapter(run: Run, trainer: RefatTrainer, adapter: Path) -> None:
     trainer.accelerator.wait_for_everyone()  # all processes load it next
 
 
-def _say_what_is_trained(run: Run, trainer: RefatTrainer, step: str) -> None:
+def _say_whatis_trained(run: Run, trainer: RefatTrainer, step: str) -> None:
     rows = run.prompts.rows
     counts = {kind: sum(row["kind"] == kind for row in rows) for kind in KINDS}
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]

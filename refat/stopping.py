@@ -13,7 +13,7 @@ from types import FrameType
 
 from torch import distributed
 
-from refat.checkpoints import last_complete_checkpoint
+from refat.checkpoints import is_trained, last_complete_checkpoint
 from refat.console import is_main_process
 
 SAID = ".stopped"
@@ -83,7 +83,7 @@ def _say(folder: Path, what: str) -> None:
 
 def _left_in(folder: Path) -> str:
     for part, name in ((folder / "control", "the control's "), (folder, "the ")):
-        if (part / "adapter" / "adapter_config.json").is_file():
+        if is_trained(part):
             return f"{name}finished adapter is `{part / 'adapter'}`"
         checkpoint = last_complete_checkpoint(part)
         if checkpoint:
