@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from cosmic.blocks import causal_lm, evaluation_mode, find_blocks, hidden_states
+from cosmic.budget import run_within_memory, tokens_per_pass
 from cosmic.errors import InputError
 from cosmic.interventions import Edits, intervene
 from cosmic.prompts import TokenBatch, batches
-from cosmic.ranks import input_device, share, summed
+from cosmic.ranks import input_device, summed
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Reading:
     """What one pass over prompts has read.
 
     Attributes:
-        states: `[N, P, K, d_model]` float32, for `N` prompts at `P` positions and `K` layers, in the given orders.
+        states: `[N, P, K, d_model]`, float32 at least, for `N` prompts at `P` positions and `K` layers, in the given orders.
         logits: `[N, vocab]` float32 at the last token of each prompt, or `None`.
     """
 
@@ -40,8 +41,8 @@ def read(
     layers: Sequence[int],
     positions: Sequence[int],
     place: Literal["input", "output"],
-    batch_size: int,
     pad: int,
+    batch_tokens: int | None = None,
     edits: Edits | None = None,
     logits: bool = False,
 ) -> Reading:
@@ -52,21 +53,30 @@ def read(
     """
     if not encoded:
         raise ValueError("no prompts to read")
-    device = _device_for(model)
-    states: torch.Tensor | None = None
+    states: list[torch.Tensor | None] = [None] * len(encoded)
     last_logits: list[torch.Tensor | None] = [None] * len(encoded)
-    with evaluation_mode(model), intervene(model, edits or {}), _Recorder(model, layers, place) as recorder:
-        for batch in batches(encoded, batch_size, pad, device):
-            output = _forward(model, batch, logits)
-            found = recorder.take(batch, positions).cpu()
-            if states is None:
-                states = torch.empty((len(encoded), *found.shape[1:]))
-            states[batch.rows] = found
-            if logits:
-                for line, row in enumerate(batch.rows.tolist()):
-                    last_logits[row] = output[line].float().cpu()
-    assert states is not None
-    return Reading(states, torch.stack([row for row in last_logits if row is not None]) if logits else None)
+
+    def run(batch: TokenBatch) -> None:
+        output = _forward(model, batch, logits)
+        found = recorder.take(batch, positions).cpu()
+        for line, row in enumerate(batch.rows.tolist()):
+            states[row] = found[line]
+            last_logits[row] = output[line].float().cpu() if logits else None
+
+    with evaluation_mode(model), intervene(model, edits or {}), Recorder(model, layers, place) as recorder:
+        run_within_memory(model, _batches(model, encoded, pad, batch_tokens), run, TokenBatch.halves)
+    return Reading(_stacked(states), _stacked(last_logits) if logits else None)
+
+
+def _stacked(rows: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    return torch.stack([row for row in rows if row is not None])
+
+
+def _batches(
+    model: nn.Module, encoded: Sequence[Sequence[int]], pad: int, batch_tokens: int | None, shared: bool = False
+) -> list[TokenBatch]:
+    device = input_device(causal_lm(model).get_input_embeddings())
+    return batches(encoded, batch_tokens or tokens_per_pass(model, device), pad, device, shared=shared)
 
 
 def mean_states(
@@ -74,8 +84,8 @@ def mean_states(
     encoded: Sequence[Sequence[int]],
     *,
     positions: Sequence[int],
-    batch_size: int,
     pad: int,
+    batch_tokens: int | None = None,
     edits: Edits | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means over prompts of all blocks' inputs `[P, L, d_model]` and, at the last token, outputs `[L, d_model]`.
@@ -85,29 +95,24 @@ def mean_states(
     """
     if not encoded:
         raise ValueError("no prompts to average")
-    layers = range(len(find_blocks(model)))
-    device = _device_for(model)
-    part = share(len(encoded))
-    inputs: torch.Tensor | int = 0
-    outputs: torch.Tensor | int = 0
+    blocks = find_blocks(model)
+    layers = range(len(blocks))
+    inputs = torch.zeros(len(positions), len(blocks), blocks.hidden_size, dtype=torch.float64)
+    outputs = torch.zeros(len(blocks), blocks.hidden_size, dtype=torch.float64)
+
+    def run(batch: TokenBatch) -> None:
+        _forward(model, batch, logits=False)
+        inputs.add_(input_recorder.take(batch, positions).cpu().double()[batch.counted].sum(0))
+        outputs.add_(output_recorder.take(batch, [-1]).cpu().double()[batch.counted].sum(0)[0])
+
     with (
         evaluation_mode(model),
         intervene(model, edits or {}),
-        _Recorder(model, layers, "input") as input_recorder,
-        _Recorder(model, layers, "output") as output_recorder,
+        Recorder(model, layers, "input") as input_recorder,
+        Recorder(model, layers, "output") as output_recorder,
     ):
-        for batch in batches(part.of(encoded), batch_size, pad, device):
-            _forward(model, batch, logits=False)
-            counted = batch.rows < part.counted
-            inputs = inputs + input_recorder.take(batch, positions).cpu().double()[counted].sum(0)
-            outputs = outputs + output_recorder.take(batch, [-1]).cpu().double()[counted].sum(0)[0]
-    assert isinstance(inputs, torch.Tensor)
-    assert isinstance(outputs, torch.Tensor)
+        run_within_memory(model, _batches(model, encoded, pad, batch_tokens, shared=True), run, TokenBatch.halves)
     return summed(inputs) / len(encoded), summed(outputs) / len(encoded)
-
-
-def _device_for(model: nn.Module) -> torch.device:
-    return input_device(causal_lm(model).get_input_embeddings())
 
 
 def _forward(model: nn.Module, batch: TokenBatch, logits: bool) -> torch.Tensor:
@@ -125,11 +130,12 @@ def _forward(model: nn.Module, batch: TokenBatch, logits: bool) -> torch.Tensor:
 
 
 def _at(states: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`states[rows, index]` in float32 on the device of `index`; a model's layers may be spread over several."""
-    return states[rows.to(states.device), index.to(states.device)].float().to(index.device)
+    """`states[rows, index]`, float32 at least, where `index` is; a model's layers may be spread over several devices."""
+    found = states[rows.to(states.device), index.to(states.device)]
+    return found.to(torch.promote_types(found.dtype, torch.float32)).to(index.device)
 
 
-class _Recorder:
+class Recorder:
     """Hooks that keep the hidden states of chosen layers of the newest forward pass."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int], place: Literal["input", "output"]) -> None:
@@ -159,7 +165,7 @@ class _Recorder:
         self.states = {}
         return taken
 
-    def __enter__(self) -> _Recorder:
+    def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -41,11 +41,13 @@ def difference_in_means(
     harmless: Sequence[Sequence[int]],
     *,
     positions: list[int],
-    batch_size: int,
     pad: int,
+    batch_tokens: int | None = None,
     edits: Edits | None = None,
 ) -> Candidates:
     """Candidates from encoded prompts, optionally while other `edits` are in force (for iterated re-extraction)."""
-    plus, plus_out = mean_states(model, harmful, positions=positions, batch_size=batch_size, pad=pad, edits=edits)
-    minus, minus_out = mean_states(model, harmless, positions=positions, batch_size=batch_size, pad=pad, edits=edits)
+    plus, plus_out = mean_states(model, harmful, positions=positions, pad=pad, batch_tokens=batch_tokens, edits=edits)
+    minus, minus_out = mean_states(
+        model, harmless, positions=positions, pad=pad, batch_tokens=batch_tokens, edits=edits
+    )
     return Candidates(plus - minus, minus, positions, plus_out, minus_out)

@@ -21,7 +21,8 @@ class ExtractionConfig:
         train_prompts: prompts per class whose means make the candidates (paper: 180).
         validation_prompts: prompts per class that candidates are scored on (paper: 100). If there are fewer prompts
             than both numbers together, they are divided in the same proportion.
-        batch_size: prompts per forward pass.
+        batch_tokens: most tokens of one forward pass, padding included; by default what `memory_gib` allows.
+        memory_gib: working memory of a forward pass in GiB; by default half of what an accelerator has free, or 0.25.
         positions: how many of the last post-instruction tokens to try; all of them by default.
         evaluation_share: share of layers, at least one, whose harmful and harmless means are least alike (L_low).
         evaluation_from: where the layers that may be in L_low begin, as a share of depth (0.5 for weakly aligned
@@ -42,7 +43,8 @@ class ExtractionConfig:
     aggregate: Literal["concat", "mean"] = "concat"
     train_prompts: int = 180
     validation_prompts: int = 100
-    batch_size: int = 32
+    batch_tokens: int | None = None
+    memory_gib: float | None = None
     positions: int | None = None
     evaluation_share: float = 0.1
     evaluation_from: float = 0.0
@@ -62,8 +64,11 @@ class ExtractionConfig:
             if get_origin(hints[item.name]) is Literal:
                 allowed = get_args(hints[item.name])
                 self._require(getattr(self, item.name) in allowed, item.name, f"one of {allowed}")
-        for name in ("train_prompts", "validation_prompts", "batch_size"):
+        for name in ("train_prompts", "validation_prompts"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("batch_tokens", "memory_gib"):
+            value = getattr(self, name)
+            self._require(value is None or value > 0, name, "above 0, or nothing for a default that fits")
         self._require(self.positions is None or self.positions >= 1, "positions", "at least 1, or nothing for all")
         self._require(0 < self.evaluation_share <= 1, "evaluation_share", "a share in (0, 1]")
         for name in ("evaluation_from", "last_layers_dropped"):

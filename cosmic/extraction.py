@@ -188,7 +188,7 @@ def extract(
         encoded["train_harmful"],
         encoded["train_harmless"],
         positions=positions,
-        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
         pad=pad,
     )
     layers = evaluation_layers(candidates, config.evaluation_share, config.evaluation_from)

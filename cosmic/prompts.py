@@ -7,7 +7,7 @@ results end in, so there is no table of models, and no negative offset that coul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jinja2
@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cosmic.errors import InputError
+from cosmic.ranks import rank, rank_count
 
 Messages = list[dict[str, str]]
 Prompt = str | Messages
@@ -35,6 +36,27 @@ class TokenBatch:
     length: torch.Tensor
     rows: torch.Tensor
     """`[batch]`, the index of each row among all prompts."""
+    counted: torch.Tensor
+    """`[batch]` bool, false for a row that only keeps this rank as busy as the others."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, rows: slice) -> TokenBatch:
+        """Some of the rows, as long as the longest of them."""
+        longest = int(self.length[rows].max())
+        return TokenBatch(
+            self.input_ids[rows, :longest],
+            self.attention_mask[rows, :longest],
+            self.length[rows],
+            self.rows[rows],
+            self.counted[rows],
+        )
+
+    def halves(self) -> list[TokenBatch]:
+        """The batch in two, or as it is if it has one row."""
+        middle = len(self) // 2
+        return [self.part(slice(middle)), self.part(slice(middle, None))] if middle else [self]
 
     def position_index(self, position: int) -> torch.Tensor:
         """`[batch]`, where the token `position` (negative, from the end of the prompt) is in each row."""
@@ -123,18 +145,54 @@ def common_suffix(sequences: Sequence[Sequence[int]]) -> list[int]:
 
 
 def batches(
-    encoded: Sequence[Sequence[int]], batch_size: int, pad_id: int, device: torch.device
-) -> Iterator[TokenBatch]:
-    """`encoded` prompts in right-padded batches of like length; `TokenBatch.rows` tells which prompts they are."""
+    encoded: Sequence[Sequence[int]], batch_tokens: int, pad_id: int, device: torch.device, *, shared: bool = False
+) -> list[TokenBatch]:
+    """`encoded` prompts in right-padded batches of like length; `TokenBatch.rows` tells which prompts they are.
+
+    Args:
+        batch_tokens: most tokens of a batch, padding included, unless it has one row.
+        shared: deal the prompts out to all ranks; each gets as many batches of as many rows, the last of which may be
+            a repeat that is not counted.
+    """
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        length = torch.tensor([len(encoded[row]) for row in rows])
-        input_ids = torch.full((len(rows), int(length.max())), pad_id)
-        for line, row in enumerate(rows):
-            input_ids[line, : len(encoded[row])] = torch.tensor(encoded[row])
-        mask = (torch.arange(input_ids.shape[1])[None] < length[:, None]).long()
-        yield TokenBatch(input_ids.to(device), mask.to(device), length.to(device), torch.tensor(rows))
+    hands = rank_count() if shared else 1
+    deals = [order[start : start + hands] for start in range(0, len(order), hands)]
+    place = rank() if shared else 0
+    found = []
+    for run in length_groups([len(encoded[deal[-1]]) for deal in deals], batch_tokens):
+        dealt = deals[run.start : run.stop]
+        counted = torch.tensor([place < len(deal) for deal in dealt])
+        found.append(_padded(encoded, [deal[min(place, len(deal) - 1)] for deal in dealt], counted, pad_id, device))
+    return found
+
+
+def length_groups(lengths: Sequence[int], batch_tokens: int, most_padding: float = 0.1) -> list[range]:
+    """Ascending `lengths` cut into runs of at most `batch_tokens` tokens, padding included, or of one item.
+
+    Args:
+        most_padding: share of a run that may be padding, unless the run is smaller than a quarter of the budget.
+    """
+    groups: list[range] = []
+    start = total = 0
+    for index, length in enumerate(lengths):
+        padded_size = (index + 1 - start) * length
+        wasteful = padded_size - total - length > most_padding * padded_size and 4 * padded_size > batch_tokens
+        if index > start and (padded_size > batch_tokens or wasteful):
+            groups.append(range(start, index))
+            start, total = index, 0
+        total += length
+    return [*groups, range(start, len(lengths))] if lengths else []
+
+
+def _padded(
+    encoded: Sequence[Sequence[int]], rows: Sequence[int], counted: torch.Tensor, pad_id: int, device: torch.device
+) -> TokenBatch:
+    length = torch.tensor([len(encoded[row]) for row in rows])
+    input_ids = torch.full((len(rows), int(length.max())), pad_id)
+    for line, row in enumerate(rows):
+        input_ids[line, : len(encoded[row])] = torch.tensor(encoded[row])
+    mask = (torch.arange(input_ids.shape[1])[None] < length[:, None]).long()
+    return TokenBatch(input_ids.to(device), mask.to(device), length.to(device), torch.tensor(rows), counted)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

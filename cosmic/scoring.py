@@ -114,7 +114,7 @@ def score_candidates(
             layers=layers,
             positions=[-1],
             place="output",
-            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
             pad=pad,
             edits=edits,
             logits=True,

@@ -89,7 +89,9 @@ class RefatConfig(SFTConfig):
     )
     extraction_train_prompts: int = option(180, "Prompts per class that make candidate directions (COSMIC: 180).")
     extraction_validation_prompts: int = option(100, "Prompts per class that score candidates (COSMIC: 100).")
-    extraction_batch_size: int = option(32, "Prompts per forward pass in extraction.")
+    extraction_batch_tokens: int | None = option(
+        None, "Most tokens per forward pass in extraction; by default what half of the device's free memory holds."
+    )
     extraction_intervention: str = option("linear", "Edit by which COSMIC judges candidates: `linear` or `affine`.")
     extraction_aggregate: str = option(
         "concat", "COSMIC's aggregation over layers: `concat` (paper) or `mean` (its code)."
@@ -192,7 +194,7 @@ class RefatConfig(SFTConfig):
             aggregate=self.extraction_aggregate,  # type: ignore[arg-type]
             train_prompts=self.extraction_train_prompts,
             validation_prompts=self.extraction_validation_prompts,
-            batch_size=self.extraction_batch_size,
+            batch_tokens=self.extraction_batch_tokens,
             positions=self.positions,
             seed=self.seed,
         )

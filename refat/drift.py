@@ -220,7 +220,7 @@ class DriftTracker(TrainerCallback):
             layers=[0],
             positions=[-1],
             place="output",
-            batch_size=self.config.extraction_batch_size,
+            batch_tokens=self.config.extraction_batch_tokens,
             pad=pad_id(self.answering.tokenizer),
             logits=True,
         )
@@ -250,7 +250,7 @@ class DriftTracker(TrainerCallback):
                 harmful,
                 harmless,
                 positions=[found.direction.position],
-                batch_size=self.config.extraction_batch_size,
+                batch_tokens=self.config.extraction_batch_tokens,
                 pad=pad_id(self.answering.tokenizer),
                 edits=edits,
             )

@@ -62,7 +62,7 @@ class EvaluationRun:
         self._check_places()
         items, fitting = self._from_files() if given else self._embedded()
         check_items(items, judge)
-        extraction = ExtractionConfig(batch_size=self.batch_size, seed=self.seed)
+        extraction = ExtractionConfig(seed=self.seed)
         split_prompts(fitting["harmful"], fitting["harmless"], extraction)
         check_model(self.model)
         tokenizer = load_tokenizer(self.model)

@@ -26,7 +26,7 @@ from refat.evaluate import Answering
 from refat.judges import ExactJudge, Outcome
 from refat.organism import grammar
 
-EXTRACTION = ExtractionConfig(train_prompts=96, validation_prompts=32, batch_size=64)
+EXTRACTION = ExtractionConfig(train_prompts=96, validation_prompts=32)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ class RefatTrainer(SFTTrainer):
             self.model,
             *drawn,
             positions=self._positions,
-            batch_size=self.refat_args.extraction_batch_size,
+            batch_tokens=self.refat_args.extraction_batch_tokens,
             pad=pad_id(self.processing_class),
         )
         self.adversary.refresh(candidates)

@@ -128,8 +128,8 @@ def test_template_tokens_before_the_first_block_have_no_direction(
 def test_candidates_are_differences_of_plain_means(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = PromptEncoder(tokenizer)
     plus, minus = ([encoder.encode(prompt) for prompt in prompts] for prompts in (HARMFUL, HARMLESS))
-    found = difference_in_means(llama, plus, minus, positions=[-3, -1], batch_size=3, pad=0)
-    options: dict[str, Any] = {"layers": range(4), "batch_size": 3, "pad": 0}
+    found = difference_in_means(llama, plus, minus, positions=[-3, -1], batch_tokens=60, pad=0)
+    options: dict[str, Any] = {"layers": range(4), "batch_tokens": 60, "pad": 0}
     near = {"rtol": 1e-5, "atol": 1e-5}
     inputs = [
         read(llama, prompts, positions=[-3, -1], place="input", **options).states.double().mean(0)
@@ -147,7 +147,7 @@ def test_candidates_found_under_an_ablation_have_nothing_along_it(
 ) -> None:
     encoder = PromptEncoder(tokenizer)
     plus, minus = ([encoder.encode(prompt) for prompt in prompts] for prompts in (HARMFUL, HARMLESS))
-    options: dict[str, Any] = {"positions": [-1], "batch_size": 3, "pad": 0}
+    options: dict[str, Any] = {"positions": [-1], "batch_tokens": 60, "pad": 0}
     first = difference_in_means(llama, plus, minus, **options)
     r = first.vectors[0, 2]
     again = difference_in_means(llama, plus, minus, edits=ablation(r, find_blocks(llama).sites()), **options)
@@ -158,7 +158,7 @@ def test_candidates_found_under_an_ablation_have_nothing_along_it(
 
 def test_read_gives_inputs_after_their_edit_and_outputs_before_the_next(llama: PreTrainedModel) -> None:
     direction = Direction(torch.arange(32.0), torch.zeros(32), layer=2, position=-1)
-    options: dict[str, Any] = {"positions": [-1], "batch_size": 1, "pad": 0}
+    options: dict[str, Any] = {"positions": [-1], "batch_tokens": 1, "pad": 0}
     edits = direction.addition_edits(llama)
     clean = read(llama, [[1, 7, 8]], layers=[2], place="input", **options).states
     edited = read(llama, [[1, 7, 8]], layers=[2], place="input", edits=edits, **options).states

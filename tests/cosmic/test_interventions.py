@@ -231,7 +231,7 @@ def test_sites_that_do_not_exist_are_refused_and_leave_no_hook(llama: PreTrained
         with pytest.raises(InputError, match=f"`{site.place}` of layer {site.layer} is no site"):
             intervene(llama, ablation(r, [Site(0, "block_input"), site]))
     with pytest.raises(InputError, match="`layers` are"):
-        read(llama, [[1, 2]], layers=[0, 4], positions=[-1], place="output", batch_size=1, pad=0)
+        read(llama, [[1, 2]], layers=[0, 4], positions=[-1], place="output", batch_tokens=1, pad=0)
     assert not hook_counts(llama)
 
 
@@ -298,8 +298,8 @@ def test_reading_leaves_no_trace(llama: PreTrainedModel, direction: Direction, f
     prompts = [[1, 7, 8], [1, 7, 9, 10_000 if fails else 9]]
     edits = direction.ablation_edits(model)
     readers: list[Callable[[], object]] = [
-        lambda: read(model, prompts, layers=[1], positions=[-1], place="input", batch_size=1, pad=0, edits=edits),
-        lambda: mean_states(model, prompts, positions=[-1], batch_size=1, pad=0, edits=edits),
+        lambda: read(model, prompts, layers=[1], positions=[-1], place="input", batch_tokens=1, pad=0, edits=edits),
+        lambda: mean_states(model, prompts, positions=[-1], batch_tokens=1, pad=0, edits=edits),
     ]
     for reader in readers:
         if fails:

@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
     "train_prompts": 4,
     "validation_prompts": 3,
     "positions": 2,
-    "batch_size": 3,
+    "batch_tokens": 75,
     "evaluation_share": 0.5,
     "method": "substring",
     "max_kl": None,
@@ -44,16 +44,20 @@ def assert_same(one: Extraction, two: Extraction) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3_moe", "qwen3_5_text", "lfm2"])
-def test_padding_side_batch_size_and_order_do_not_matter(name: str, model_of: ModelOf) -> None:
+def test_padding_side_batches_and_order_do_not_matter(name: str, model_of: ModelOf) -> None:
     model = model_of(name)
     if name == "qwen3_5_text":  # its linear attention forgets so fast that some candidates are near zero in float32
         model = copy.deepcopy(model).double()
     left, right = (tiny.build_tokenizer(padding_side=side) for side in ("left", "right"))
     first = extract(model, left, HARMFUL, HARMLESS, ExtractionConfig(**SETTINGS))
-    alone = extract(model, right, HARMFUL, HARMLESS, ExtractionConfig(**{**SETTINGS, "batch_size": 1}))
+    alone = extract(model, right, HARMFUL, HARMLESS, ExtractionConfig(**{**SETTINGS, "batch_tokens": 1}))
     assert_same(first, alone)
     together = extract(
-        model, right, HARMFUL[::-1], [*HARMLESS[3:], *HARMLESS[:3]], ExtractionConfig(**{**SETTINGS, "batch_size": 64})
+        model,
+        right,
+        HARMFUL[::-1],
+        [*HARMLESS[3:], *HARMLESS[:3]],
+        ExtractionConfig(**{**SETTINGS, "batch_tokens": 5000}),
     )
     assert_same(first, together)
     assert first.provenance == together.provenance
@@ -73,11 +77,11 @@ def test_states_and_logits_come_back_in_the_given_order(
     encoder = PromptEncoder(tokenizer)
     encoded = [encoder.encode(prompt) for prompt in HARMFUL]
     options: dict[str, Any] = {"layers": [3, 1], "positions": [-2, -1], "place": "input", "pad": 0, "logits": True}
-    together = read(llama, encoded, batch_size=5, **options)
+    together = read(llama, encoded, batch_tokens=150, **options)
     assert together.states.shape == (8, 2, 2, 32)
     assert together.logits is not None
     for row, ids in enumerate(encoded):
-        alone = read(llama, [ids], batch_size=1, **options)
+        alone = read(llama, [ids], batch_tokens=1, **options)
         assert alone.logits is not None
         torch.testing.assert_close(together.states[row], alone.states[0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(together.logits[row], alone.logits[0], rtol=1e-5, atol=1e-5)
@@ -94,7 +98,7 @@ def test_a_model_that_gives_every_logit_is_read_at_the_right_place(
     forward = model.forward
     model.forward = lambda logits_to_keep=0, **inputs: forward(**inputs)  # type: ignore[method-assign]
     encoded = [PromptEncoder(tokenizer).encode(prompt) for prompt in HARMFUL]
-    options: dict[str, Any] = {"layers": [0], "positions": [-1], "place": "output", "batch_size": 8, "pad": 0}
+    options: dict[str, Any] = {"layers": [0], "positions": [-1], "place": "output", "batch_tokens": 5000, "pad": 0}
     found, expected = (read(one, encoded, logits=True, **options).logits for one in (model, llama))
     assert found is not None
     assert expected is not None

@@ -53,7 +53,7 @@ def both(
         "train_prompts": 4,
         "validation_prompts": 3,
         "positions": 3,
-        "batch_size": 5,
+        "batch_tokens": 120,
         "refusal_tokens": TOKENS,
     }
 

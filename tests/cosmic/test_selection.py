@@ -198,7 +198,7 @@ def test_refusal_metric_is_the_mean_log_odds() -> None:
         ("system_prompt_on", "train"),
         ("train_prompts", 0),
         ("validation_prompts", 0),
-        ("batch_size", 0),
+        ("batch_tokens", 0),
         ("positions", 0),
         ("evaluation_share", 0.0),
         ("evaluation_share", 1.1),

@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "positions": 3,  # with five layers 15 candidates, which two processes cannot halve
     "extraction_train_prompts": 7,
     "extraction_validation_prompts": 3,
-    "extraction_batch_size": 4,
+    "extraction_batch_tokens": 100,
     "refresh_prompts": 3,
     "refresh_interval": 2,
     "drift_directions": 1,

@@ -59,7 +59,7 @@ def test_prefill_is_the_opening_of_the_items_own_answer() -> None:
 
 
 def target_of(model: Any, tokenizer: Any, **options: Any) -> Target:
-    config = ExtractionConfig(train_prompts=10, validation_prompts=4, batch_size=16)
+    config = ExtractionConfig(train_prompts=10, validation_prompts=4)
     return Target(model, tokenizer, HARMFUL, HARMLESS, config, options.pop("framings", []), **options)
 
 
@@ -202,7 +202,7 @@ def adapters(
 
 def evaluation_of(tokenizer: PreTrainedTokenizerBase, attacks: list[str], **options: Any) -> Evaluation:
     items = {kind: organism_items(kind, "test", 8, 0) for kind in ("harmful", "borderline", "harmless")}
-    config = ExtractionConfig(train_prompts=10, validation_prompts=4, batch_size=16)
+    config = ExtractionConfig(train_prompts=10, validation_prompts=4)
     answering = Answering(tokenizer, ExactJudge(), 24, 16)
     return Evaluation("organism", items, HARMFUL, HARMLESS, config, attacks, [], answering, **options)
 

@@ -1,0 +1,1 @@
+"""The commands of `cosmic`, one file each; nothing heavy is imported before a command runs."""
