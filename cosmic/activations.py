@@ -12,13 +12,14 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from cosmic.blocks import causal_lm, evaluation_mode, find_blocks, hidden_states
 from cosmic.budget import run_within_memory, tokens_per_pass
 from cosmic.errors import InputError
 from cosmic.interventions import Edits, intervene
 from cosmic.prompts import TokenBatch, batches
-from cosmic.ranks import input_device, summed
+from cosmic.ranks import input_device, is_sharded, summed
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,16 @@ def read(
     """
     if not encoded:
         raise ValueError("no prompts to read")
+    sharded = is_sharded(model)
     states: list[torch.Tensor | None] = [None] * len(encoded)
     last_logits: list[torch.Tensor | None] = [None] * len(encoded)
 
     def run(batch: TokenBatch) -> None:
-        output = _forward(model, batch, logits)
+        output = forward(model, batch, logits=logits, sharded=sharded)
         found = recorder.take(batch, positions).cpu()
         for line, row in enumerate(batch.rows.tolist()):
             states[row] = found[line]
-            last_logits[row] = output[line].float().cpu() if logits else None
+            last_logits[row] = None if output is None else output[line].float().cpu()
 
     with evaluation_mode(model), intervene(model, edits or {}), Recorder(model, layers, place) as recorder:
         run_within_memory(model, _batches(model, encoded, pad, batch_tokens), run, TokenBatch.halves)
@@ -95,13 +97,13 @@ def mean_states(
     """
     if not encoded:
         raise ValueError("no prompts to average")
-    blocks = find_blocks(model)
+    blocks, sharded = find_blocks(model), is_sharded(model)
     layers = range(len(blocks))
     inputs = torch.zeros(len(positions), len(blocks), blocks.hidden_size, dtype=torch.float64)
     outputs = torch.zeros(len(blocks), blocks.hidden_size, dtype=torch.float64)
 
     def run(batch: TokenBatch) -> None:
-        _forward(model, batch, logits=False)
+        forward(model, batch, logits=False, sharded=sharded)
         inputs.add_(input_recorder.take(batch, positions).cpu().double()[batch.counted].sum(0))
         outputs.add_(output_recorder.take(batch, [-1]).cpu().double()[batch.counted].sum(0)[0])
 
@@ -115,18 +117,29 @@ def mean_states(
     return summed(inputs) / len(encoded), summed(outputs) / len(encoded)
 
 
-def _forward(model: nn.Module, batch: TokenBatch, logits: bool) -> torch.Tensor:
-    """One forward pass; the logits at each row's last token (`[batch, vocab]`), or nothing of use without `logits`."""
+def forward(
+    model: nn.Module, batch: TokenBatch, *, logits: bool, sharded: bool, prefix: DynamicCache | None = None
+) -> torch.Tensor | None:
+    """One forward pass; the logits at each row's last token (`[batch, vocab]`), or nothing without `logits`.
+
+    Args:
+        sharded: weights are spread over ranks, so that the outermost wrapper has to be called.
+        prefix: keys and values of tokens that come before the batch's own.
+    """
+    mask = batch.attention_mask
+    if prefix is not None:
+        mask = torch.cat([mask.new_ones(len(mask), prefix.get_seq_length()), mask], dim=1)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "past_key_values": prefix, "use_cache": False}
+    if not logits and not sharded:
+        causal_lm(model).get_decoder()(**inputs)
+        return None
     columns, place = torch.unique(batch.position_index(-1), return_inverse=True)
-    found: torch.Tensor = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-        logits_to_keep=columns if logits else columns[-1:],
-    ).logits
+    found: torch.Tensor = model(**inputs, logits_to_keep=columns if logits else columns[-1:]).logits
+    if not logits:
+        return None
     if found.shape[1] == batch.input_ids.shape[1]:  # some models ignore `logits_to_keep` and give every token's
         place = batch.position_index(-1)
-    return found[torch.arange(len(place), device=found.device), place.to(found.device)] if logits else found[:, 0]
+    return found[torch.arange(len(place), device=found.device), place.to(found.device)]
 
 
 def _at(states: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -38,11 +38,19 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class DecoderBlocks:
-    """The `L` blocks of a decoder, with each block's writers in the order they are called."""
+    """The `L` blocks of a decoder.
+
+    Attributes:
+        layers: the blocks.
+        writers: each block's modules that write into the residual stream, in the order they are called.
+        hidden_size: `d_model`.
+        bare: whether all blocks return hidden states alone, not in a tuple with something else.
+    """
 
     layers: tuple[nn.Module, ...]
     writers: tuple[tuple[nn.Module, ...], ...]
     hidden_size: int
+    bare: bool
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -51,6 +59,13 @@ class DecoderBlocks:
         """All sites of the model: every block input and every writer's output."""
         places = [PLACES[: 1 + len(writers)] for writers in self.writers]
         return [Site(layer, place) for layer, names in enumerate(places) for place in names]
+
+    def writing_sites(self) -> list[Site]:
+        """The input of the first block and all writers' outputs: what adds up to the whole residual stream.
+
+        A component that is zero at all of these is zero at every block's input, up to rounding of the sums.
+        """
+        return [site for site in self.sites() if site.layer == 0 or site.place != "block_input"]
 
     def writer(self, site: Site) -> nn.Module:
         """The module whose output is added to the residual stream at `site`."""
@@ -90,7 +105,8 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
     if known is None or known.layers != layers:
         keep_differentiable(inner)
         hidden_size = int(inner.config.get_text_config().hidden_size)
-        known = _found[inner] = DecoderBlocks(layers, _measure_writers(model, layers), hidden_size)
+        writers, bare = _measure(model, layers)
+        known = _found[inner] = DecoderBlocks(layers, writers, hidden_size, bare)
     return known
 
 
@@ -138,13 +154,17 @@ def replace_hidden_states(value: object, new: torch.Tensor) -> object:
     return (new, *value[1:]) if isinstance(value, tuple) else new
 
 
-def _measure_writers(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[tuple[nn.Module, ...], ...]:
+def _measure(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[tuple[tuple[nn.Module, ...], ...], bool]:
+    """Each block's writers, and whether all blocks return hidden states alone."""
     inner = causal_lm(model)
     seen: list[dict[str, torch.Tensor | None]] = [{} for _ in layers]
+    bare = []
     handles = []
 
     def keep(layer: int, name: str, value: object) -> None:
         first = _first(value)
+        if name == "output":
+            bare.append(isinstance(value, torch.Tensor))
         called_again = name in seen[layer]  # an edit of its output would hit both calls, so it is no writer
         seen[layer][name] = first.detach() if isinstance(first, torch.Tensor) and not called_again else None
 
@@ -163,7 +183,7 @@ def _measure_writers(model: nn.Module, layers: Sequence[nn.Module]) -> tuple[tup
         for handle in handles:
             handle.remove()
     states = [{name: value for name, value in found.items() if value is not None} for found in seen]
-    return tuple(_writers_of(inner, index, block, states[index]) for index, block in enumerate(layers))
+    return tuple(_writers_of(inner, index, block, states[index]) for index, block in enumerate(layers)), all(bare)
 
 
 def _writers_of(

@@ -11,7 +11,7 @@ from torch import nn
 
 from cosmic.blocks import causal_lm
 from cosmic.errors import InputError
-from cosmic.ranks import is_sharded
+from cosmic.ranks import from_all, is_sharded
 
 T = TypeVar("T")
 
@@ -30,6 +30,7 @@ def tokens_per_pass(model: nn.Module, device: torch.device, memory_gib: float | 
 
     The working memory of a token is taken as that of one block (nothing else outlives a block without gradients): its
     hidden states several times over and the MLP's inner states, in the model's precision and once more in float32.
+    Where every pass is a meeting of all ranks, the one with the least memory decides.
 
     Args:
         memory_gib: the budget in GiB; by default half of what an accelerator has free, or 0.25 on a CPU.
@@ -44,7 +45,8 @@ def tokens_per_pass(model: nn.Module, device: torch.device, memory_gib: float | 
         budget = HOST_BUDGET
     else:
         budget = FREE_SHARE * torch.accelerator.get_memory_info(device)[0]
-    return max(1, min(int(budget / per_token), MOST_TOKENS.get(device.type, MOST_TOKENS_ACCELERATOR)))
+    tokens = max(1, min(int(budget / per_token), MOST_TOKENS.get(device.type, MOST_TOKENS_ACCELERATOR)))
+    return min(from_all(tokens)) if is_sharded(model) else tokens
 
 
 def run_within_memory(

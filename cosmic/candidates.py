@@ -13,12 +13,16 @@ from cosmic.direction import LayerDirections
 from cosmic.interventions import Edits
 
 
+ROUNDING = 1e-9
+"""Length of a difference of means in float64, relative to the mean, below which it is none."""
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Difference-in-means candidates (COSMIC §3.1, Arditi et al. eq. 1-2).
 
     Attributes:
-        vectors: r = r⁺ - r⁻, `[P, L, d_model]` float64.
+        vectors: r = r⁺ - r⁻, or its part along a fitted line, `[P, L, d_model]` float64.
         references: r⁻, `[P, L, d_model]` float64.
         positions: the `P` token positions, negative, ascending.
         harmful_outputs, harmless_outputs: mean block outputs at the last token, `[L, d_model]` float64.
@@ -50,4 +54,7 @@ def difference_in_means(
     minus, minus_out = mean_states(
         model, harmless, positions=positions, pad=pad, batch_tokens=batch_tokens, edits=edits
     )
-    return Candidates(plus - minus, minus, positions, plus_out, minus_out)
+    difference = plus - minus
+    # Where all prompts have the same states, what is left of unequal numbers of them is rounding, and no direction.
+    same = difference.norm(dim=-1) <= ROUNDING * minus.norm(dim=-1)
+    return Candidates(difference.masked_fill(same[..., None], 0.0), minus, positions, plus_out, minus_out)

@@ -7,12 +7,14 @@ import sys
 import typer
 
 from cosmic.commands.extract import extract
+from cosmic.commands.steer import steer
 from cosmic.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 app.command()(extract)
+app.command()(steer)
 
 
 @app.callback()

@@ -16,6 +16,8 @@ class ExtractionConfig:
         method: `cosmic` (cosine similarities, no look at the output) or `substring` (Arditi et al.: refusal-token
             odds).
         intervention: the edit that candidates are judged by: `linear` (LCE) or `affine` (ACE).
+        candidates: `mean` (difference in means), `pca` (main component of paired differences) or `probe` (weight of a
+            logistic regression).
         aggregate: `concat` joins the evaluation layers' states before the cosine (the paper's formula); `mean`
             averages them over layers too (what the authors' code computes).
         train_prompts: prompts per class whose means make the candidates (paper: 180).
@@ -30,6 +32,9 @@ class ExtractionConfig:
         alpha: strength of the addition.
         last_layers_dropped: share of layers at the end that no direction is taken from.
         max_kl: largest mean KL divergence at the last token of harmless prompts under ablation, in nats.
+        ranked: how many candidates that pass all filters must be known; their KL is measured from the best score down
+            until there are as many.
+        full_map: measure all scores of all candidates, also where the choice does not need them.
         median_peak: drop candidates of the last token that lie deeper than both median peaks of the other tokens.
         min_induce: `substring` only: least refusal metric that addition must reach on harmless prompts.
         refusal_tokens: `substring` only: token ids that start a refusal; derived from the tokenizer by default.
@@ -40,6 +45,7 @@ class ExtractionConfig:
 
     method: Literal["cosmic", "substring"] = "cosmic"
     intervention: Literal["linear", "affine"] = "linear"
+    candidates: Literal["mean", "pca", "probe"] = "mean"
     aggregate: Literal["concat", "mean"] = "concat"
     train_prompts: int = 180
     validation_prompts: int = 100
@@ -52,6 +58,8 @@ class ExtractionConfig:
     last_layers_dropped: float = 0.2
     max_kl: float | None = 0.1
     median_peak: bool = True
+    ranked: int = 1
+    full_map: bool = False
     min_induce: float = 0.0
     refusal_tokens: tuple[int, ...] | None = None
     system_prompt: str | None = None
@@ -64,7 +72,7 @@ class ExtractionConfig:
             if get_origin(hints[item.name]) is Literal:
                 allowed = get_args(hints[item.name])
                 self._require(getattr(self, item.name) in allowed, item.name, f"one of {allowed}")
-        for name in ("train_prompts", "validation_prompts"):
+        for name in ("train_prompts", "validation_prompts", "ranked"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("batch_tokens", "memory_gib"):
             value = getattr(self, name)

@@ -22,7 +22,8 @@ class Direction:
     """One refusal direction.
 
     Attributes:
-        vector: r = r⁺ - r⁻ (`[d_model]`, float32), harmful minus harmless mean, not normalised.
+        vector: r = r⁺ - r⁻ (`[d_model]`, float32), harmful minus harmless mean, not normalised, or its part along a
+            line that was fitted otherwise.
         reference: r⁻ (`[d_model]`, float32), the harmless mean at the same place; the origin of affine edits.
         layer: index of the block at whose input it was read (0-based).
         position: token it was read at, counted from the end of the prompt (-1 is the last).

@@ -29,10 +29,13 @@ from cosmic.candidates import Candidates, difference_in_means
 from cosmic.config import ExtractionConfig
 from cosmic.direction import Direction, LayerDirections
 from cosmic.errors import InputError
+from cosmic.fitted_candidates import fitted_candidates
+from cosmic.interventions import Edits
 from cosmic.loading import registered_name
 from cosmic.prompts import Prompt, PromptEncoder, pad_id
 from cosmic.ranks import rank
-from cosmic.scoring import Encoded, evaluation_layers, score_candidates
+from cosmic.scores import evaluation_layers
+from cosmic.scoring import score_candidates
 from cosmic.selection import Cell, Selection, select
 from cosmic.storage import read_json, read_tensors, write_json, write_tensors
 
@@ -151,6 +154,7 @@ def extract(
     harmless: Sequence[Prompt],
     config: ExtractionConfig | None = None,
     *,
+    under: Edits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Extraction:
     """Find the direction along which `model` refuses (COSMIC §3).
@@ -163,7 +167,8 @@ def extract(
         harmful: prompts it should refuse, as texts or message lists; repeated ones count once.
         harmless: prompts it should answer.
         config: settings; the paper's by default.
-        progress: called with (candidates scored, candidates in all).
+        under: edits that are in force throughout, such as the ablation of a direction found before.
+        progress: called with the work done and the work expected.
 
     Returns:
         The chosen direction, all candidates with scores, and why each was dropped.
@@ -183,15 +188,16 @@ def extract(
     _require_readable(model, encoded, config)
     pad = pad_id(tokenizer)
     positions = both.positions([*encoded["train_harmful"], *encoded["train_harmless"]], config.positions)
-    candidates = difference_in_means(
-        model,
-        encoded["train_harmful"],
-        encoded["train_harmless"],
-        positions=positions,
-        batch_tokens=config.batch_tokens,
-        pad=pad,
+    train = encoded["train_harmful"], encoded["train_harmless"]
+    options: Any = {"positions": positions, "pad": pad, "batch_tokens": config.batch_tokens, "edits": under}
+    candidates = (
+        difference_in_means(model, *train, **options)
+        if config.candidates == "mean"
+        else fitted_candidates(model, *train, kind=config.candidates, **options)
     )
-    layers = evaluation_layers(candidates, config.evaluation_share, config.evaluation_from)
+    layers = evaluation_layers(
+        candidates.harmful_outputs, candidates.harmless_outputs, config.evaluation_share, config.evaluation_from
+    )
     scores = score_candidates(
         model,
         candidates,
@@ -201,6 +207,7 @@ def extract(
         config=config,
         pad=pad,
         refusal_tokens=sorted(set(config.refusal_tokens or refusal_token_ids(both))),
+        under=under,
         progress=progress,
     )
     selection = _select(scores, candidates, config)
@@ -304,7 +311,9 @@ def _key(prompt: Prompt, name: str) -> str:
     return repr(turns[0][1] if len(turns) == 1 and turns[0][0] == "user" else turns)
 
 
-def _require_readable(model: nn.Module, encoded: Mapping[str, Encoded], config: ExtractionConfig) -> None:
+def _require_readable(
+    model: nn.Module, encoded: Mapping[str, Sequence[Sequence[int]]], config: ExtractionConfig
+) -> None:
     settings = causal_lm(model).config.get_text_config()
     limit = getattr(settings, "max_position_embeddings", None)
     name, longest = max(

@@ -53,6 +53,18 @@ class TokenBatch:
             self.counted[rows],
         )
 
+    def tiled(self, times: int) -> TokenBatch:
+        """The batch several times over, one after the other."""
+        if times == 1:
+            return self
+        return TokenBatch(
+            self.input_ids.repeat(times, 1),
+            self.attention_mask.repeat(times, 1),
+            self.length.repeat(times),
+            self.rows.repeat(times),
+            self.counted.repeat(times),
+        )
+
     def halves(self) -> list[TokenBatch]:
         """The batch in two, or as it is if it has one row."""
         middle = len(self) // 2

@@ -1,90 +1,31 @@
-"""How well each candidate switches refusal off and on.
+"""Scores of candidate directions with as few passes as the formulas need.
 
-COSMIC judges by hidden states alone (§3.3): with a the harmless and b the harmful validation prompts, states averaged
-over prompts at the outputs of the evaluation layers, last token,
+* Candidates of the last layers are measured only if the median-peak rule turns on them.
+* Addition and affine edits at block l leave all before it as it was, so passes begin there, and end at the last
+  evaluation layer; beyond that layer the edit changes nothing that is looked at, and no pass is needed.
+* The KL filter is applied from the best score down, until as many candidates have passed as are wanted.
+* The tokens that all prompts begin with are computed once per candidate, and several candidates share a pass.
 
-    S_comply = cos( b under ablation , a clean )        S_refuse = cos( a under addition , b clean )
-
-The substring baseline (Arditi et al. §2.3) judges by the log-odds of refusal tokens: *bypass* is its mean on b under
-ablation, *induce* on a under addition. Both are filtered by the mean KL divergence of the next-token distribution on a
-under ablation from the clean one.
+None of this approximates: each is checked against passes of the whole model (`cosmic.stream`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from cosmic import interventions
-from cosmic.activations import Reading, read
-from cosmic.blocks import find_blocks
+from cosmic.blocks import causal_lm, evaluation_mode, find_blocks
 from cosmic.candidates import Candidates
 from cosmic.config import ExtractionConfig
 from cosmic.interventions import Edits
-from cosmic.ranks import rank_count, share
-
-Encoded = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of all candidates, each `[P, L]` float64.
-
-    `bypass` and `induce` are there for the substring method only.
-    """
-
-    comply: torch.Tensor
-    refuse: torch.Tensor
-    kl: torch.Tensor
-    bypass: torch.Tensor | None = None
-    induce: torch.Tensor | None = None
-
-    @property
-    def final(self) -> torch.Tensor:
-        """What is maximised: S_comply + S_refuse, or -bypass."""
-        return self.comply + self.refuse if self.bypass is None else -self.bypass
-
-    def as_dict(self) -> dict[str, torch.Tensor]:
-        """All score maps by name."""
-        maps = {"comply": self.comply, "refuse": self.refuse, "kl": self.kl, "final": self.final}
-        if self.bypass is not None and self.induce is not None:
-            maps |= {"bypass": self.bypass, "induce": self.induce}
-        return maps
-
-
-def evaluation_layers(candidates: Candidates, share: float, start: float) -> list[int]:
-    """L_low: the ⌈share · L⌉ layers from depth `start` on whose mean outputs are least alike (COSMIC §3.2), sorted."""
-    similarity = torch.nn.functional.cosine_similarity(candidates.harmful_outputs, candidates.harmless_outputs, dim=-1)
-    count = len(similarity)
-    wanted = max(1, int(-(-round(share * count, 9) // 1)))
-    allowed = range(int(start * count), count)
-    return sorted(sorted(allowed, key=lambda layer: (float(similarity[layer]), layer))[:wanted])
-
-
-def similarity(first: torch.Tensor, second: torch.Tensor, aggregate: Literal["concat", "mean"]) -> float:
-    """Cosine of two sets of states `[N, K, d_model]` averaged over prompts, layers joined or averaged; in float64."""
-    a, b = first.double().mean(0), second.double().mean(0)
-    if aggregate == "mean":
-        a, b = a.mean(0), b.mean(0)
-    return float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
-
-
-def kl_divergence(clean: torch.Tensor, edited: torch.Tensor) -> float:
-    """Mean over prompts of KL(clean ‖ edited) of next-token distributions, given as logits `[N, vocab]`, in nats."""
-    p, q = clean.double().log_softmax(-1), edited.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def refusal_metric(logits: torch.Tensor, refusal_tokens: Sequence[int]) -> float:
-    """Mean over prompts of log P(refusal) - log(1 - P(refusal)) for logits `[N, vocab]` (Arditi et al. §2.3)."""
-    probability = logits.double().softmax(-1)[:, list(refusal_tokens)].sum(-1)
-    epsilon = 1e-8
-    return float((torch.log(probability + epsilon) - torch.log(1 - probability + epsilon)).mean())
+from cosmic.scores import Scores, kl_divergence, refusal_metric, similarity
+from cosmic.selection import Cell, still_needed, too_deep
+from cosmic.stream import Encoded, Metric, Outcome, Stream, open_passage
 
 
 def score_candidates(
@@ -97,73 +38,219 @@ def score_candidates(
     config: ExtractionConfig,
     pad: int,
     refusal_tokens: Sequence[int] = (),
+    under: Edits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Scores of every candidate on encoded validation prompts; several processes divide the candidates among them.
+    """Scores of the candidates on encoded validation prompts; several processes divide the prompts among them.
 
     Args:
         layers: the evaluation layers.
         refusal_tokens: ids for the substring method.
-        progress: called with (done, total) after each candidate of this process and those that others score meanwhile.
+        under: edits that are in force throughout.
+        progress: called with the work done and the work expected, in tokens times blocks.
     """
-
-    def run(prompts: Encoded, edits: Edits | None) -> Reading:
-        return read(
+    work = _Work(progress)
+    with evaluation_mode(model):
+        passage = open_passage(
             model,
-            prompts,
-            layers=layers,
-            positions=[-1],
-            place="output",
-            batch_tokens=config.batch_tokens,
+            [*harmful, *harmless],
             pad=pad,
-            edits=edits,
-            logits=True,
+            batch_tokens=config.batch_tokens,
+            memory_gib=config.memory_gib,
+            under=under,
+            done=work.add,
         )
+        streams = Stream(passage, harmful), Stream(passage, harmless)
+        scorer = _Scorer(model, candidates, *streams, list(layers), config, refusal_tokens)
+        work.expected = scorer.expected_work()
+        return scorer.scores()
 
-    count = len(harmful)
-    both = [*harmful, *harmless]
-    clean = run(both, None)
-    assert clean.logits is not None
-    clean_harmful, clean_harmless = clean.states[:count, 0], clean.states[count:, 0]
 
-    def scores_of(cell: tuple[int, int]) -> list[float]:
-        ablate, add = candidate_edits(model, candidates.vectors[cell], candidates.references[cell], cell[1], config)
-        ablated, added = run(both, ablate), run(harmless, add)
-        assert clean.logits is not None
-        assert ablated.logits is not None
-        assert added.logits is not None
-        found = [
-            similarity(ablated.states[:count, 0], clean_harmless, config.aggregate),
-            similarity(added.states[:, 0], clean_harmful, config.aggregate),
-            kl_divergence(clean.logits[count:], ablated.logits[count:]),
+@dataclass
+class _Work:
+    """How much is done of what is expected; what turns out to be needed later is added."""
+
+    report: Callable[[int, int], None] | None
+    done: int = 0
+    expected: int = 0
+
+    def add(self, work: int) -> None:
+        self.done += work
+        if self.report and self.expected:
+            self.report(self.done, max(self.done, self.expected))
+
+
+class _Scorer:
+    """Fills in score maps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        candidates: Candidates,
+        harmful: Stream,
+        harmless: Stream,
+        layers: list[int],
+        config: ExtractionConfig,
+        refusal_tokens: Sequence[int],
+    ) -> None:
+        self.model, self.candidates, self.config, self.layers = model, candidates, config, layers
+        self.harmful, self.harmless = harmful, harmless
+        self.positions, self.depth = candidates.vectors.shape[:2]
+        self.norms = candidates.vectors.norm(dim=-1)
+        self.substring = config.method == "substring"
+        self.odds: Metric | None = (lambda _, now: refusal_metric(now, refusal_tokens)) if self.substring else None
+        self.last = self.depth - 1 if self.substring else max(layers)
+        device = harmful.passage.device
+        self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.maps = Scores.unmeasured(self.positions, self.depth, substring=self.substring)
+
+    def scores(self) -> Scores:
+        """All scores that are needed."""
+        self._clean()
+        cells = list(itertools.product(range(self.positions), range(self.depth)))
+        everything = self.config.full_map
+        self._score([cell for cell in cells if everything or not too_deep(cell[1], self.depth, self.config)])
+        if everything:
+            self._measure_kl(cells)
+        while needed := still_needed(self.maps, self.candidates.positions, self.norms, self.config):
+            if needed.what == "kl":
+                self._measure_kl(needed.cells)
+            else:
+                self._score(needed.cells)
+        return self.maps
+
+    def expected_work(self) -> int:
+        """Tokens times blocks, taking it that the best candidates pass and the last layers are not needed."""
+        everything, parts = self.config.full_map, self.harmful.passage.parts
+        cells = [
+            cell
+            for cell in itertools.product(range(self.positions), range(self.depth))
+            if self.norms[cell] > 0 and (everything or not too_deep(cell[1], self.depth, self.config))
         ]
-        if config.method == "substring":
-            metrics = (refusal_metric(logits, refusal_tokens) for logits in (ablated.logits[:count], added.logits))
-            found += metrics
-        return found
+        end = self.last + 1 if parts else self.depth
+        later = sum(max(0, end - (layer if parts else 0)) for _, layer in cells)
+        deepest = max((layer for _, layer in cells), default=0) if parts else 0
+        affine = self.config.intervention == "affine"
+        measured = len(cells) if everything else self.config.ranked if self.config.max_kl is not None else 0
+        harmful = end + (later + deepest if affine else len(cells) * end)
+        harmless = self.depth + later + deepest + measured * self.depth
+        return self.harmful.tokens * harmful + self.harmless.tokens * harmless
 
-    positions, depth = candidates.vectors.shape[:2]
-    cells = list(itertools.product(range(positions), range(depth)))
-    part = share(len(cells))
-    found = []
-    for done, cell in enumerate(part.of(cells), start=1):
-        found.append(scores_of(cell))
-        if progress:
-            progress(min(done * rank_count(), len(cells)), len(cells))
-    table = torch.tensor(part.joined(found), dtype=torch.float64).T
-    return Scores(*table.reshape(-1, positions, depth))
-
-
-def candidate_edits(
-    model: nn.Module, vector: torch.Tensor, reference: torch.Tensor, layer: int, config: ExtractionConfig
-) -> tuple[Edits, Edits]:
-    """The ablation and the addition that a candidate is judged by."""
-    if config.intervention == "linear":
-        return (
-            interventions.ablation(vector, find_blocks(model).sites()),
-            interventions.addition(vector, layer, config.alpha),
+    def _clean(self) -> None:
+        """What is compared with: the prompts without any edit."""
+        last = self.depth - 1
+        self.plain_harmful, self.plain_harmless = (
+            stream.run(
+                [{}],
+                first=0,
+                last=last if logits else self.last,
+                layers=self.layers,
+                metric=self.odds,
+                keep_logits=logits,
+            )
+            for stream, logits in ((self.harmful, self.substring), (self.harmless, True))
         )
-    return (
-        interventions.affine(vector, reference, layer, 0.0),
-        interventions.affine(vector, reference, layer, config.alpha),
-    )
+
+    def _score(self, cells: Sequence[Cell]) -> None:
+        """Measure S_comply and S_refuse, or bypass and induce."""
+        changing = []
+        for cell in cells:
+            if float(self.norms[cell]) == 0:
+                self._record_comply([cell], self.plain_harmful)
+                self._record_refuse([cell], self.plain_harmless)
+            else:
+                changing.append(cell)
+        if self.config.intervention == "linear":
+            size = self.harmful.together(len(changing))
+            for group in _groups(changing, size):
+                self._record_comply(group, self._run(self.harmful, group, self._ablation, 0, self.last, self.odds))
+        for layer, at_layer in itertools.groupby(sorted(changing, key=lambda cell: cell[1]), key=lambda cell: cell[1]):
+            for group in _groups(at_layer, self.harmless.together(self.positions)):
+                if self.config.intervention == "affine":
+                    found = self._run(self.harmful, group, self._ablation, layer, self.last, self.odds)
+                    self._record_comply(group, found)
+                added = self._run(self.harmless, group, self._addition, layer, self.last, self.odds)
+                self._record_refuse(group, added)
+
+    def _measure_kl(self, cells: Sequence[Cell]) -> None:
+        """Measure the KL on harmless prompts."""
+        last = self.depth - 1
+
+        def begin(cell: Cell) -> int:
+            return 0 if self.config.intervention == "linear" else cell[1]
+
+        for first, at_layer in itertools.groupby(sorted(cells, key=begin), key=begin):
+            for group in _groups(at_layer, self.harmless.together(len(cells))):
+                found = self._run(self.harmless, group, self._ablation, first, last, kl_divergence).metric
+                for cell, value in zip(group, found.tolist(), strict=True):
+                    # A KL that is not a number is of logits that overflow; as infinite it counts as measured.
+                    self.maps.kl[cell] = value if value == value else torch.inf
+
+    def _run(
+        self,
+        stream: Stream,
+        cells: Iterable[Cell],
+        edit: Callable[[Cell], Edits],
+        first: int,
+        last: int,
+        metric: Metric | None,
+    ) -> Outcome:
+        """A run under candidates' edits at block `first` or later; layers before it stay as they are without edits."""
+        plain = self.plain_harmful if stream is self.harmful else self.plain_harmless
+        edits = [edit(cell) for cell in cells]
+        wanted = [layer for layer in self.layers if layer >= first or not stream.passage.parts]
+        states = plain.states.repeat(len(edits), 1, 1)
+        if first > last:
+            return Outcome(states, torch.full((len(edits),), torch.nan))
+        found = stream.run(edits, first=first, last=last, layers=wanted, metric=metric)
+        states[:, len(self.layers) - len(wanted) :] = found.states
+        return Outcome(states, found.metric)
+
+    def _record_comply(self, cells: Iterable[Cell], found: Outcome) -> None:
+        scores = similarity(found.states, self.plain_harmless.states[0], self.config.aggregate)
+        self._record(cells, scores, self.maps.comply, found.metric, self.maps.bypass, torch.inf)
+
+    def _record_refuse(self, cells: Iterable[Cell], found: Outcome) -> None:
+        scores = similarity(found.states, self.plain_harmful.states[0], self.config.aggregate)
+        self._record(cells, scores, self.maps.refuse, found.metric, self.maps.induce, -torch.inf)
+
+    def _record(
+        self,
+        cells: Iterable[Cell],
+        scores: torch.Tensor,
+        similarities: torch.Tensor,
+        odds: torch.Tensor,
+        metrics: torch.Tensor | None,
+        worst: float,
+    ) -> None:
+        """Enter scores; what is not a number is entered as the worst there is, so that it counts as measured."""
+        for index, cell in enumerate(cells):
+            similarities[cell] = torch.nan_to_num(scores[index], nan=-torch.inf)
+            if metrics is not None:
+                metrics[cell] = torch.nan_to_num(odds[index], nan=worst)
+
+    def _ablation(self, cell: Cell) -> Edits:
+        vector, reference = (
+            part[cell].to(self.device) for part in (self.candidates.vectors, self.candidates.references)
+        )
+        if self.config.intervention == "affine":
+            return interventions.affine(vector, reference, cell[1], 0.0)
+        blocks = find_blocks(self.model)
+        # In half precision the sums' rounding is worth removing at every block's input, as the published hooks do.
+        precise = causal_lm(self.model).dtype in (torch.float32, torch.float64)
+        return interventions.ablation(vector, blocks.writing_sites() if precise else blocks.sites())
+
+    def _addition(self, cell: Cell) -> Edits:
+        vector, reference = (
+            part[cell].to(self.device) for part in (self.candidates.vectors, self.candidates.references)
+        )
+        if self.config.intervention == "affine":
+            return interventions.affine(vector, reference, cell[1], self.config.alpha)
+        return interventions.addition(vector, cell[1], self.config.alpha)
+
+
+def _groups(cells: Iterable[Cell], size: int) -> Iterator[list[Cell]]:
+    """`cells` in lists of at most `size`."""
+    left = iter(cells)
+    while group := list(itertools.islice(left, size)):
+        yield group

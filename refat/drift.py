@@ -25,7 +25,7 @@ from cosmic.candidates import difference_in_means
 from cosmic.extraction import Extraction, extract, split_prompts
 from cosmic.interventions import Edits, ablation, combined, unit_vector
 from cosmic.prompts import Prompt, PromptEncoder, pad_id
-from cosmic.scoring import kl_divergence
+from cosmic.scores import kl_divergence
 from cosmic.storage import write_text
 from refat.config import RefatConfig
 from refat.console import is_main_process
@@ -210,7 +210,7 @@ class DriftTracker(TrainerCallback):
         now = self._last_logits(model, items)
         with model.disable_adapter():
             base = self._last_logits(model, items)
-        return kl_divergence(base, now)
+        return float(kl_divergence(base, now).mean())
 
     def _last_logits(self, model: nn.Module, items: Sequence[Item]) -> torch.Tensor:
         encoder = PromptEncoder(self.answering.tokenizer)

@@ -22,6 +22,7 @@ def extract(
     output: Annotated[Path, typer.Option(help="Folder for direction, candidates, scores and heat maps.")],
     method: Annotated[str, typer.Option(help="`cosmic`, or `substring` for Arditi et al.'s selection.")] = "cosmic",
     intervention: Annotated[str, typer.Option(help="Judge candidates by `linear` or `affine` edits.")] = "linear",
+    candidates: Annotated[str, typer.Option(help="`mean` difference, `pca` or `probe`.")] = "mean",
     aggregate: Annotated[str, typer.Option(help="`concat` (paper) or `mean` (authors' code).")] = "concat",
     train_prompts: options.TrainPrompts = 180,
     validation_prompts: options.ValidationPrompts = 100,
@@ -52,6 +53,7 @@ def extract(
     config = ExtractionConfig(
         method=method,  # type: ignore[arg-type]
         intervention=intervention,  # type: ignore[arg-type]
+        candidates=candidates,  # type: ignore[arg-type]
         aggregate=aggregate,  # type: ignore[arg-type]
         train_prompts=train_prompts,
         validation_prompts=validation_prompts,

@@ -71,11 +71,13 @@ def test_the_model_is_left_as_it_was_even_if_extraction_is_stopped(
         done.append((now, total))
 
     def stop(now: int, total: int) -> None:
-        if now == 3:
+        if 2 * now > total:
             raise KeyboardInterrupt
 
     extract(model, tokenizer, HARMFUL, HARMLESS, config(), progress=count)
-    assert done == [(now, 8) for now in range(1, 9)]
+    work, totals = zip(*done, strict=True)
+    assert list(work) == sorted(set(work))
+    assert totals[-1] == max(totals) >= work[-1] >= 0.9 * totals[-1], "what remains is estimated honestly"
     with pytest.raises(KeyboardInterrupt):
         extract(model, tokenizer, HARMFUL, HARMLESS, config(), progress=stop)
     assert [module.training for module in model.modules()] == modes

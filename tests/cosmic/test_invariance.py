@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {
     "batch_tokens": 75,
     "evaluation_share": 0.5,
     "method": "substring",
+    "full_map": True,
     "max_kl": None,
 }
 

@@ -26,19 +26,32 @@ class Case:
     affine: bool
     share: float = 0.3
     alpha: float = 1.0
-    aggregates: tuple[str, ...] = ("concat", "mean")
+    system: str | None = None
+    """Before all prompts, so that they begin alike; without it too few tokens are shared to be computed once."""
 
 
+SYSTEM = "Answer briefly."
 CASES = [
     Case("llama", affine=False),
-    Case("llama", affine=True, alpha=1.5),
+    Case("llama", affine=False, system=SYSTEM),
+    Case("llama", affine=True, alpha=1.5, system=SYSTEM),
     Case("gemma2", affine=False, share=0.5),
+    Case("gemma3_text", affine=False, share=0.5, system=SYSTEM),
+    Case("gemma3_text", affine=True, system=SYSTEM),
+    Case("qwen3", affine=False, system=SYSTEM),
     Case("qwen3", affine=True, share=0.1),
+    Case("qwen3_moe", affine=False, system=SYSTEM),
+    Case("qwen3_moe", affine=True, share=0.5, system=SYSTEM),
+    Case("lfm2", affine=False, share=0.5, system=SYSTEM),
+    Case("lfm2", affine=True, system=SYSTEM),
 ]
+POSITIONS = (-4, -3, -2, -1)
 
 
 @pytest.fixture(
-    scope="module", params=CASES, ids=lambda case: f"{case.architecture}-{'ace' if case.affine else 'lce'}"
+    scope="module",
+    params=CASES,
+    ids=lambda case: f"{case.architecture}-{'ace' if case.affine else 'lce'}{'-system' if case.system else ''}",
 )
 def both(
     request: pytest.FixtureRequest, model_of: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast
@@ -52,8 +65,11 @@ def both(
         "alpha": case.alpha,
         "train_prompts": 4,
         "validation_prompts": 3,
-        "positions": 3,
+        "positions": 4,
         "batch_tokens": 120,
+        "system_prompt": case.system,
+        "system_prompt_on": "both",
+        "full_map": True,
         "refusal_tokens": TOKENS,
     }
 
@@ -61,18 +77,21 @@ def both(
         return extract(model, tokenizer, HARMFUL, HARMLESS, ExtractionConfig(**{**settings, **changes}))  # type: ignore[arg-type]
 
     parts = split_prompts(HARMFUL, HARMLESS, ExtractionConfig(train_prompts=4, validation_prompts=3))
+    begin = f"<|bos|><|system|>\n{case.system}<|end|>\n" if case.system else "<|bos|>"
     ids = {
         name: [
-            tokenizer.encode(f"<|bos|><|user|>\n{prompt}<|end|>\n<|assistant|>\n", add_special_tokens=False)
+            tokenizer.encode(f"{begin}<|user|>\n{prompt}<|end|>\n<|assistant|>\n", add_special_tokens=False)
             for prompt in prompts
         ]
         for name, prompts in parts.items()
     }
+    precise = copy.deepcopy(model).double()
+    precise.set_experts_implementation("eager")  # the grouped product of a mixture of experts knows no float64
     found = naive.extract(
-        copy.deepcopy(model).double(),
+        precise,
         (ids["train_harmful"], ids["train_harmless"]),
         (ids["validation_harmful"], ids["validation_harmless"]),
-        positions=(-3, -2, -1),
+        positions=POSITIONS,
         affine=case.affine,
         share=case.share,
         alpha=case.alpha,
@@ -87,7 +106,7 @@ Both = tuple[Case, PreTrainedModel, naive.Found, Callable[..., Extraction]]
 def as_map(scores: Mapping[tuple[int, int], float]) -> torch.Tensor:
     """`[P, L]` from a dictionary by (position, layer)."""
     return torch.tensor(
-        [[scores[position, layer] for layer in range(4)] for position in (-3, -2, -1)], dtype=torch.float64
+        [[scores[position, layer] for layer in range(4)] for position in POSITIONS], dtype=torch.float64
     )
 
 
@@ -105,9 +124,12 @@ def naive_choice(
 
 
 def median_peaks(found: naive.Found, aggregate: str) -> list[int]:
-    """Of two positions other than the last, the lower of the layers where each score peaks."""
+    """Of the positions other than the last, the middle one of the layers where each score peaks."""
     return [
-        min(max(range(4), key=[scores[position, layer] for layer in range(4)].__getitem__) for position in (-3, -2))
+        sorted(
+            max(range(4), key=[scores[position, layer] for layer in range(4)].__getitem__)
+            for position in POSITIONS[:3]
+        )[1]
         for scores in (found.comply[aggregate], found.refuse[aggregate])
     ]
 
@@ -143,6 +165,24 @@ def test_cosmic_scores_and_choice(both: Both, aggregate: str) -> None:
     assert (extraction.direction.position, extraction.direction.layer) == expected
     assert not extraction.selection.relaxed
     assert extraction.direction.scores["final"] == pytest.approx(final[expected], abs=TOLERANCE)
+    frugal = run(aggregate=aggregate, max_kl=limit, full_map=False)
+    assert frugal.selection.chosen == extraction.selection.chosen
+    for name, values in frugal.scores.items():  # what is measured is the same, and the rest was not needed
+        known = values.isfinite()
+        torch.testing.assert_close(values[known], extraction.scores[name][known], rtol=TOLERANCE, atol=TOLERANCE)
+    assert frugal.scores["kl"].isnan().any()
+
+
+def test_top_ten(both: Both) -> None:
+    _, _, found, run = both
+    extraction = run(max_kl=None, median_peak=False, last_layers_dropped=0.0)
+    final = {cell: found.comply["concat"][cell] + found.refuse["concat"][cell] for cell in found.kl}
+    expected = sorted(
+        (cell for cell in final if found.vectors[cell].any()),
+        key=lambda cell: (-round(final[cell], 9), cell[1], cell[0]),
+    )
+    ranking = [(extraction.positions[row], layer) for row, layer in extraction.selection.ranking]
+    assert ranking[:10] == expected[:10]
 
 
 def test_the_aggregates_differ(both: Both) -> None:

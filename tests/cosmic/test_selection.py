@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from cosmic import ExtractionConfig, InputError
-from cosmic.candidates import Candidates
-from cosmic.scoring import Scores, evaluation_layers, kl_divergence, refusal_metric, similarity
+from cosmic.scores import Scores, evaluation_layers, kl_divergence, refusal_metric, similarity
 from cosmic.selection import select
 
 NAN = math.nan
@@ -52,7 +51,7 @@ def test_the_last_layers_are_dropped() -> None:
 
 
 def test_a_kl_above_the_limit_is_dropped() -> None:
-    found = scores([[0.3, 0.9, 0.5, 0.8]], kl=[[0.0, 0.1000001, 0.1, NAN]])
+    found = scores([[0.3, 0.9, 0.5, 0.8]], kl=[[0.0, 0.1000001, 0.1, math.inf]])
     selection = select(found, [-1], ones(found), config(max_kl=0.1))
     assert selection.chosen == (0, 2)
     assert set(selection.dropped) == {(0, 1), (0, 3)}
@@ -144,12 +143,12 @@ def test_every_candidate_is_ranked_or_dropped_with_a_reason(caplog: pytest.LogCa
 # --- evaluation layers and the score formulas ---
 
 
-def candidates_with_cosines(cosines: list[float]) -> Candidates:
+def outputs_with_cosines(cosines: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean outputs whose cosine at each layer is as given, with lengths that must not matter."""
     one = torch.tensor([[1.0, 0.0]] * len(cosines), dtype=torch.float64)
     two = torch.tensor([[c, math.sqrt(1 - c * c)] for c in cosines], dtype=torch.float64)
     lengths = torch.arange(1, len(cosines) + 1, dtype=torch.float64)[:, None]
-    return Candidates(torch.zeros(1, len(cosines), 2), torch.zeros(1, len(cosines), 2), [-1], 7 * one, lengths * two)
+    return 7 * one, lengths * two
 
 
 @pytest.mark.parametrize(
@@ -157,35 +156,35 @@ def candidates_with_cosines(cosines: list[float]) -> Candidates:
     [(4, 0.1, 1), (9, 0.1, 1), (10, 0.1, 1), (11, 0.1, 2), (12, 0.1, 2), (20, 0.1, 2), (30, 0.1, 3), (3, 1.0, 3)],
 )
 def test_the_number_of_evaluation_layers_is_rounded_up(layers: int, share: float, count: int) -> None:
-    assert len(evaluation_layers(candidates_with_cosines([0.5] * layers), share, 0.0)) == count
+    assert len(evaluation_layers(*outputs_with_cosines([0.5] * layers), share, 0.0)) == count
 
 
 def test_evaluation_layers_are_the_least_alike() -> None:
-    found = candidates_with_cosines([0.9, 0.1, 0.8, -0.5, 0.7, 0.0])
-    assert evaluation_layers(found, 0.5, 0.0) == [1, 3, 5]
-    assert evaluation_layers(found, 0.1, 0.0) == [3]
-    assert evaluation_layers(found, 0.3, 0.7) == [4, 5]
-    assert evaluation_layers(found, 1.0, 0.5) == [3, 4, 5]
+    found = outputs_with_cosines([0.9, 0.1, 0.8, -0.5, 0.7, 0.0])
+    assert evaluation_layers(*found, 0.5, 0.0) == [1, 3, 5]
+    assert evaluation_layers(*found, 0.1, 0.0) == [3]
+    assert evaluation_layers(*found, 0.3, 0.7) == [4, 5]
+    assert evaluation_layers(*found, 1.0, 0.5) == [3, 4, 5]
 
 
 def test_similarity_joins_or_averages_layers() -> None:
-    a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 0.0], [0.0, 2.0]]])  # means (2, 0) and (0, 2)
-    b = torch.tensor([[[2.0, 0.0], [2.0, 0.0]]])
-    assert similarity(a, b, "concat") == pytest.approx(0.5)  # (2, 0, 0, 2) and (2, 0, 2, 0)
-    assert similarity(a, b, "mean") == pytest.approx(math.sqrt(0.5))  # (1, 1) and (2, 0)
+    a = torch.tensor([[[2.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [2.0, 0.0]]])
+    b = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+    assert similarity(a, b, "concat").tolist() == pytest.approx([0.5, 1.0])  # (2, 0, 0, 2) and (2, 0, 2, 0)
+    assert similarity(a, b, "mean").tolist() == pytest.approx([math.sqrt(0.5), 1.0])  # (1, 1) and (2, 0)
 
 
 def test_kl_divergence_is_that_of_clean_from_edited_in_nats() -> None:
     clean = torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1]])) + 3.0
     edited = torch.log(torch.tensor([[0.25, 0.75], [0.9, 0.1]]))
-    expected = (0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75) + 0.0) / 2
-    assert kl_divergence(clean, edited) == pytest.approx(expected, abs=1e-6)
+    expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert kl_divergence(clean, edited).tolist() == pytest.approx([expected, 0.0], abs=1e-6)
 
 
-def test_refusal_metric_is_the_mean_log_odds() -> None:
+def test_refusal_metric_is_the_log_odds() -> None:
     logits = torch.log(torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]))
-    expected = (math.log(0.5 / 0.5) + math.log(0.2 / 0.8)) / 2
-    assert refusal_metric(logits, [0, 1]) == pytest.approx(expected, abs=1e-6)
+    expected = [math.log(0.5 / 0.5), math.log(0.2 / 0.8)]
+    assert refusal_metric(logits, [0, 1]).tolist() == pytest.approx(expected, abs=1e-6)
     assert math.isfinite(refusal_metric(torch.tensor([[1000.0, 0.0]]), [0]))
 
 
