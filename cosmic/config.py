@@ -34,6 +34,7 @@ class ExtractionConfig:
         max_kl: largest mean KL divergence at the last token of harmless prompts under ablation, in nats.
         ranked: how many candidates that pass all filters must be known; their KL is measured from the best score down
             until there are as many.
+        ranked_by: whether these are the best by `score`, or first the best of every `layer` and then the best others.
         full_map: measure all scores of all candidates, also where the choice does not need them.
         median_peak: drop candidates of the last token that lie deeper than both median peaks of the other tokens.
         min_induce: `substring` only: least refusal metric that addition must reach on harmless prompts.
@@ -59,6 +60,7 @@ class ExtractionConfig:
     max_kl: float | None = 0.1
     median_peak: bool = True
     ranked: int = 1
+    ranked_by: Literal["score", "layer"] = "score"
     full_map: bool = False
     min_induce: float = 0.0
     refusal_tokens: tuple[int, ...] | None = None

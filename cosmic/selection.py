@@ -118,20 +118,24 @@ def still_needed(
     if not in_order:  # an attacker would turn to the last layers
         left = [cell for cell in filters.cells if bool(torch.isnan(filters.final[cell])) and norms[cell] > 0]
         return Needed("scores", left) if left else None
-    passed, needed = 0, list[Cell]()
-    for cell in in_order:
-        if filters.beyond_peaks(cell) and not too_deep(cell[1], norms.shape[1], config):
-            unmeasured = filters.unmeasured_peaks()
-            if unmeasured:
-                return Needed("kl", needed) if needed else Needed("scores", unmeasured)
-        if filters.reason(cell):
-            continue
-        if filters.kl_is_open(cell):
-            needed.append(cell)
-        passed += 1
-        if passed == config.ranked:
-            break
-    return Needed("kl", needed) if needed else None
+    unmeasured = filters.unmeasured_peaks()
+    uncertain = {cell for cell in in_order if unmeasured and filters.beyond_peaks(cell)}
+    uncertain -= {cell for cell in uncertain if too_deep(cell[1], norms.shape[1], config)}
+    wanted = best([cell for cell in in_order if cell in uncertain or not filters.reason(cell)], config)
+    certain = list(itertools.takewhile(lambda cell: cell not in uncertain, wanted))
+    open_ = [cell for cell in certain if filters.kl_is_open(cell)]
+    if open_:
+        return Needed("kl", open_)
+    return Needed("scores", unmeasured) if len(certain) < len(wanted) else None
+
+
+def best(passing: Sequence[Cell], config: ExtractionConfig) -> list[Cell]:
+    """The `config.ranked` best of candidates in order of their scores, as `config.ranked_by` counts them."""
+    order = list(passing)
+    if config.ranked_by == "layer":
+        first = {layer: (row, layer) for row, layer in reversed(order)}
+        order.sort(key=lambda cell: first[cell[1]] != cell)
+    return order[: config.ranked]
 
 
 def select(scores: Scores, positions: Sequence[int], norms: torch.Tensor, config: ExtractionConfig) -> Selection:

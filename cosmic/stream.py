@@ -113,8 +113,7 @@ def open_passage(
         kinds = [replace(parts, prefix=prefix), parts] if len(prefix) >= SHORTEST_PREFIX else [parts]
         by_length = sorted(encoded, key=len)
         some = [by_length[place * (len(encoded) - 1) // 3] for place in range(4)]
-        plain = _trial(whole, some)
-        found = next((kind for kind in kinds if _agrees(plain, _trial(kind, some), model)), whole)
+        found = next((kind for kind in kinds if _works(whole, kind, some)), whole)
     return replace(found, done=done)
 
 
@@ -125,6 +124,13 @@ def common_prefix(encoded: Encoded) -> tuple[int, ...]:
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(least, greatest, strict=False))
     most = min(map(len, encoded)) - 1
     return tuple(first for first, _ in itertools.islice(shared, most))
+
+
+def _works(whole: Passage, kind: Passage, encoded: Encoded) -> bool:
+    """Whether `kind` finds what whole passes find: prompt by prompt, so that nothing can linger, and all padded to one."""
+    plain = _trial(whole, encoded)
+    sizes = (1, 4 * len(encoded) * max(map(len, encoded)))
+    return all(_agrees(plain, _trial(replace(kind, batch_tokens=size), encoded), whole.model) for size in sizes)
 
 
 def _trial(passage: Passage, encoded: Encoded) -> torch.Tensor | None:

@@ -196,5 +196,7 @@ class RefatConfig(SFTConfig):
             validation_prompts=self.extraction_validation_prompts,
             batch_tokens=self.extraction_batch_tokens,
             positions=self.positions,
+            ranked=self.candidates,
+            ranked_by="layer",
             seed=self.seed,
         )

@@ -78,7 +78,7 @@ def observe(notes: list[dict[str, Any]]) -> None:
     """Put the observer into `RefatTrainer`."""
     from accelerate import Accelerator
 
-    import cosmic.scoring
+    import cosmic.stream
     from refat.trainer import RefatTrainer
 
     step, train, draw = RefatTrainer.training_step, RefatTrainer.train, RefatTrainer._draw_rows
@@ -122,7 +122,7 @@ def observe(notes: list[dict[str, Any]]) -> None:
     RefatTrainer._draw_rows = observed_draw  # type: ignore[method-assign]
     RefatTrainer._save_rng_state = killing("checkpoint", RefatTrainer._save_rng_state)  # type: ignore[method-assign]
     Accelerator.backward = killing("step", Accelerator.backward)  # type: ignore[method-assign]
-    cosmic.scoring.read = killing("extraction", cosmic.scoring.read)
+    cosmic.stream.forward = killing("extraction", cosmic.stream.forward)  # type: ignore[attr-defined]
 
 
 def report_switch() -> Callable[[bool], None]:

@@ -146,7 +146,7 @@ def test_directions_are_those_of_one_process(together: tuple[str, Observed], alo
                 continue
             assert found.selection.ranking[:3] == expected.selection.ranking[:3]
             for score, values in expected.scores.items():
-                torch.testing.assert_close(found.scores[score], values, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(found.scores[score], values, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_drift_record_and_results_are_those_of_one_process(together: tuple[str, Observed], alone: Observed) -> None:
