@@ -129,17 +129,22 @@ def score_maps(
     ]
     cell = (int(chosen[0]), int(chosen[1]))
     crosses = tuple((int(row), int(layer)) for row, layer, *_ in dropped)
+    values = {
+        name: np.array([[math.nan if value is None else float(value) for value in row] for row in scores[name]])
+        for name in TITLES
+        if name in scores
+    }
     return {
         name: ScoreMap(
-            np.array([[math.nan if value is None else float(value) for value in row] for row in scores[name]]),
+            values[name],
             rows,
-            title,
+            title if np.isfinite(values[name]).all() else f"{title}, blank: not needed",
             cell,
             crosses if name == "final" else (),
             logarithmic=name == "kl",
         )
         for name, title in TITLES.items()
-        if name in scores
+        if name in values
     }
 
 

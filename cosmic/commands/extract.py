@@ -35,15 +35,19 @@ def extract(
     max_kl: Annotated[float, typer.Option(help="Largest KL on harmless prompts, in nats; `inf` for any.")] = 0.1,
     median_peak: Annotated[bool, typer.Option(help="Filter the last token by the peaks of the others.")] = True,
     alpha: Annotated[float, typer.Option(help="Strength of the addition.")] = 1.0,
+    ranked: Annotated[int, typer.Option(help="How many candidates that pass the filters must be known.")] = 5,
+    full_map: Annotated[bool, typer.Option(help="Measure also what the choice does not need.")] = False,
     refusal_token: Annotated[list[int] | None, typer.Option(help="`substring`: ids that start a refusal.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="Text before validation prompts (COSMIC §5).")] = None,
     system_prompt_on: Annotated[str, typer.Option(help="`validation` or `both` sets of prompts.")] = "validation",
+    ablated: options.Ablated = None,
     column: options.Column = None,
     revision: options.Revision = None,
     seed: options.Seed = 0,
 ) -> None:
     """Find the direction along which MODEL refuses."""
     from cosmic.config import ExtractionConfig
+    from cosmic.direction import Direction
     from cosmic.extraction import extract as find
     from cosmic.extraction import split_prompts
     from cosmic.loading import check_model, load_model, load_tokenizer
@@ -66,6 +70,8 @@ def extract(
         max_kl=max_kl if max_kl < float("inf") else None,
         median_peak=median_peak,
         alpha=alpha,
+        ranked=ranked,
+        full_map=full_map,
         refusal_tokens=tuple(refusal_token) if refusal_token else None,
         system_prompt=system_prompt,
         system_prompt_on=system_prompt_on,  # type: ignore[arg-type]
@@ -75,15 +81,18 @@ def extract(
     split_prompts(refused, answered, config)
     check_model(model, revision)
     check_output(output, "extraction.json")
+    deleted = Direction.load(ablated) if ablated is not None else None
     tokenizer = load_tokenizer(model, revision)
+    loaded = load_model(model, revision)
     with progress_bar() as progress:
         task = progress.add_task("scoring candidates", total=None)
         extraction = find(
-            load_model(model, revision),
+            loaded,
             tokenizer,
             refused,
             answered,
             config,
+            under=deleted.affine_edits(loaded) if deleted is not None else None,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     extraction.save(output)
