@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import naive_extraction
 
 from cosmic.config import ExtractionConfig
-from cosmic.extraction import Extraction, extract, split_prompts
+from cosmic.extraction import Extraction, extract
 from cosmic.loading import load_model, load_tokenizer
+from cosmic.prompt_split import split_prompts
 from cosmic.prompts import PromptEncoder
 from cosmic.scores import Scores
 from cosmic.selection import select, too_deep
@@ -38,7 +39,7 @@ from cosmic.storage import write_json
 from cosmic.stream import common_prefix
 from refat.data.organism import direction_prompts
 
-SYSTEM_PROMPT = "You are a helpful assistant. Answer in one short sentence. You are a helpful assistant. Answer in one short sentence."
+SYSTEM_PROMPT = " ".join(["You are a helpful assistant. Answer in one short sentence."] * 2)
 """What makes the prefix of `llama24` thirty tokens long in the embedded tokenizer."""
 
 SHAPES: dict[str, dict[str, Any]] = {

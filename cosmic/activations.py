@@ -104,8 +104,12 @@ def mean_states(
 
     def run(batch: TokenBatch) -> None:
         forward(model, batch, logits=False, sharded=sharded)
-        inputs.add_(input_recorder.take(batch, positions).cpu().double()[batch.counted].sum(0))
-        outputs.add_(output_recorder.take(batch, [-1]).cpu().double()[batch.counted].sum(0)[0])
+        found = (
+            input_recorder.take(batch, positions),
+            output_recorder.take(batch, [-1]),
+        )  # memory may run out at either
+        inputs.add_(found[0].cpu().double()[batch.counted].sum(0))
+        outputs.add_(found[1].cpu().double()[batch.counted].sum(0)[0])
 
     with (
         evaluation_mode(model),

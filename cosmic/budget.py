@@ -20,7 +20,7 @@ FREE_SHARE = 0.5
 """Share of an accelerator's free memory that passes may use if no budget is given."""
 HOST_BUDGET = 0.25 * GIB
 """Bytes that passes may use on a CPU, where more rows at once do not run faster."""
-MOST_TOKENS = {"cpu": 2048}
+MOST_TOKENS = {"cpu": 1024}
 """Tokens beyond which a pass gains nothing; elsewhere `MOST_TOKENS_ACCELERATOR`."""
 MOST_TOKENS_ACCELERATOR = 65536
 

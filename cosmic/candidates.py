@@ -12,7 +12,6 @@ from cosmic.activations import mean_states
 from cosmic.direction import LayerDirections
 from cosmic.interventions import Edits
 
-
 ROUNDING = 1e-9
 """Length of a difference of means in float64, relative to the mean, below which it is none."""
 

@@ -6,7 +6,10 @@ import sys
 
 import typer
 
+from cosmic.commands.compare import compare
+from cosmic.commands.explain import explain
 from cosmic.commands.extract import extract
+from cosmic.commands.harmfulness import harmfulness
 from cosmic.commands.steer import steer
 from cosmic.errors import InputError
 
@@ -14,7 +17,10 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 app.command()(extract)
+app.command()(explain)
 app.command()(steer)
+app.command()(compare)
+app.command()(harmfulness)
 
 
 @app.callback()

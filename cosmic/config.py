@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -83,7 +84,9 @@ class ExtractionConfig:
         self._require(0 < self.evaluation_share <= 1, "evaluation_share", "a share in (0, 1]")
         for name in ("evaluation_from", "last_layers_dropped"):
             self._require(0 <= getattr(self, name) < 1, name, "a share in [0, 1)")
-        self._require(self.max_kl is None or self.max_kl > 0, "max_kl", "above 0, or nothing for no limit")
+        self._require(self.max_kl is None or 0 < self.max_kl < math.inf, "max_kl", "above 0, or nothing for no limit")
+        for name in ("alpha", "min_induce"):
+            self._require(math.isfinite(getattr(self, name)), name, "a finite number")
 
     def _require(self, valid: bool, name: str, expected: str) -> None:
         if not valid:

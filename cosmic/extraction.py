@@ -9,10 +9,8 @@ where `harmful` and `harmless` are prompts without answers.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -32,6 +30,7 @@ from cosmic.errors import InputError
 from cosmic.fitted_candidates import fitted_candidates
 from cosmic.interventions import Edits
 from cosmic.loading import registered_name
+from cosmic.prompt_split import fingerprint, split_prompts
 from cosmic.prompts import Prompt, PromptEncoder, pad_id
 from cosmic.ranks import rank
 from cosmic.scores import evaluation_layers
@@ -267,50 +266,6 @@ def _select(scores: Any, candidates: Candidates, config: ExtractionConfig) -> Se
     return selection
 
 
-def split_prompts(
-    harmful: Sequence[Prompt], harmless: Sequence[Prompt], config: ExtractionConfig
-) -> dict[str, list[Prompt]]:
-    """Distinct prompts of each class, shuffled and divided into train and validation, whatever order they come in.
-
-    Raises:
-        InputError: fewer than two distinct prompts of a class, an empty prompt, or a prompt in both classes.
-    """
-    parts: dict[str, list[Prompt]] = {}
-    keys: dict[str, set[str]] = {}
-    for name, prompts in (("harmful", harmful), ("harmless", harmless)):
-        by_key = {_key(prompt, f"`{name}` prompt {row}"): prompt for row, prompt in enumerate(prompts, start=1)}
-        keys[name] = set(by_key)
-        distinct = [by_key[key] for key in sorted(by_key)]
-        if len(distinct) < 2:
-            raise InputError(
-                f"`{name}` has {len(distinct)} distinct prompts; expected at least 2, one to find directions and one "
-                f"to score them (the paper uses {config.train_prompts} and {config.validation_prompts})."
-            )
-        random.Random(config.seed).shuffle(distinct)
-        wanted = config.train_prompts + config.validation_prompts
-        train, validation = config.train_prompts, config.validation_prompts
-        if len(distinct) < wanted:
-            train = min(len(distinct) - 1, max(1, round(len(distinct) * train / wanted)))
-            validation = len(distinct) - train
-        parts[f"train_{name}"] = distinct[:train]
-        parts[f"validation_{name}"] = distinct[train : train + validation]
-    shared = keys["harmful"] & keys["harmless"]
-    if shared:
-        raise InputError(
-            f"{len(shared)} prompts are in both `harmful` and `harmless`, such as {min(shared)}. Remove them from one."
-        )
-    return parts
-
-
-def _key(prompt: Prompt, name: str) -> str:
-    """What tells prompts apart: a text is the same as one user message with it."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not messages or not messages[-1]["content"].strip():
-        raise InputError(f"{name} is empty; expected a text or messages that end in one. Remove it.")
-    turns = [(message["role"], message["content"]) for message in messages]
-    return repr(turns[0][1] if len(turns) == 1 and turns[0][0] == "user" else turns)
-
-
 def _require_readable(
     model: nn.Module, encoded: Mapping[str, Sequence[Sequence[int]]], config: ExtractionConfig
 ) -> None:
@@ -339,12 +294,11 @@ def refusal_token_ids(encoder: PromptEncoder) -> list[int]:
 def provenance(model: nn.Module, prompts: dict[str, list[Prompt]]) -> dict[str, Any]:
     """Model, revision, prompts' fingerprint and versions."""
     config = causal_lm(model).config
-    digest = hashlib.sha256(repr(sorted(prompts.items())).encode()).hexdigest()
     return {
         "model": registered_name(config.name_or_path),
         "revision": getattr(config, "_commit_hash", None),
         "prompts": {name: len(values) for name, values in prompts.items()},
-        "prompts_sha256": digest,
+        "prompts_sha256": fingerprint(prompts),
         "versions": {
             "cosmic": version("refat"),
             "torch": torch.__version__,

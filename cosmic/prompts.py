@@ -20,6 +20,7 @@ from cosmic.ranks import rank, rank_count
 Messages = list[dict[str, str]]
 Prompt = str | Messages
 
+_PROBE_SYSTEM = "Mind the 5 blue doors."
 _PROBES = ("a", "Why is the sky blue?", "Say 7.", "x y z!")
 
 
@@ -102,24 +103,33 @@ class PromptEncoder:
         """The text the model sees, ending where the assistant is to speak."""
         messages: Messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if self.system_prompt is not None:
-            text = self._with_system_role(messages, self.system_prompt)
-            if text is not None:
-                return text
-            first = {**messages[0], "content": f"{self.system_prompt}\n\n{messages[0]['content']}"}
-            messages = [first, *messages[1:]]
+            messages = self._with_system_prompt(messages, self.system_prompt)
         try:
             return self._template(messages)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise InputError(f"the chat template refuses a prompt with the roles {roles}: {error}.") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"the chat template refuses a prompt with the roles {roles}: {reason}.") from error
 
-    def _with_system_role(self, messages: Messages, system_prompt: str) -> str | None:
-        """The text with the system prompt in its own role, or `None` if the template refuses or ignores that role."""
+    def _with_system_prompt(self, messages: Messages, system_prompt: str) -> Messages:
+        """The messages with the system prompt: in its own role, before the text of a system message, or the user's."""
+        begins = messages[0]["role"] == "system"
+        knows = self._has_system_role(messages[1:] if begins else messages)
+        if knows and not begins:
+            return [{"role": "system", "content": system_prompt}, *messages]
+        if not system_prompt:
+            return messages
+        role = "system" if knows else "user"
+        place = next((index for index, message in enumerate(messages) if message["role"] == role), 0)
+        merged = {**messages[place], "content": f"{system_prompt}\n\n{messages[place]['content']}"}
+        return [*messages[:place], merged, *messages[place + 1 :]]
+
+    def _has_system_role(self, messages: Messages) -> bool:
+        """Whether the template writes a system message before `messages`, and neither refuses nor ignores it."""
         try:
-            text = self._template([{"role": "system", "content": system_prompt}, *messages])
-        except jinja2.TemplateError:
-            return None
-        return text if system_prompt.strip() in text else None
+            return _PROBE_SYSTEM in self._template([{"role": "system", "content": _PROBE_SYSTEM}, *messages])
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return False
 
     def _template(self, messages: Messages) -> str:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

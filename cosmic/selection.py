@@ -25,7 +25,7 @@ class Selection:
         chosen: the winner.
         ranking: candidates that passed the filters, best first; at least as many as were asked for, if there are.
         dropped: why a candidate did not pass. One that is neither here nor in `ranking` scored below those that passed,
-            so its KL was not measured.
+            so it was not measured to the end.
         relaxed: no candidate passed; `chosen` is the best of those with a score, and `ranking` holds these.
     """
 
@@ -60,6 +60,7 @@ class Filters:
         others = [row for row, position in enumerate(positions) if position != -1]
         self._others = others if config.median_peak and config.method == "cosmic" else []
         self._peaks = (self._median(scores.comply), self._median(scores.refuse)) if self._others else None
+        self._unmeasured = self.unmeasured_peaks()
 
     def _median(self, map_: torch.Tensor) -> int:
         """Median over the non-final positions of the layer where a score peaks; the lower of two middles."""
@@ -71,7 +72,7 @@ class Filters:
         return sorted(scored, key=lambda cell: (-float(self.final[cell]), cell[1], cell[0]))
 
     def reason(self, cell: Cell) -> str | None:
-        """Why a candidate is dropped, or `None`; a KL that was not measured drops nobody."""
+        """Why a candidate is dropped, or `None`; what was not measured drops nobody."""
         config, kl = self.config, float(self.scores.kl[cell])
         if float(self.norms[cell]) == 0:
             return "the direction has length zero"
@@ -79,7 +80,7 @@ class Filters:
             return f"in the last {config.last_layers_dropped:.0%} of the layers"
         if not math.isfinite(float(self.final[cell])):
             return "the score is not finite"
-        if self.beyond_peaks(cell):
+        if self.beyond_peaks(cell) and not self._unmeasured:
             assert self._peaks is not None
             return f"last token, deeper than both median peaks (layers {self._peaks[0]} and {self._peaks[1]})"
         if self.scores.induce is not None and not float(self.scores.induce[cell]) > config.min_induce:
@@ -88,18 +89,25 @@ class Filters:
             return f"KL {kl:.3f} above {config.max_kl}"
         return None
 
-    def beyond_peaks(self, cell: Cell) -> bool:
-        """Whether a last-token candidate lies deeper than both median peaks, as far as scores are measured.
+    def is_open(self, cell: Cell) -> bool:
+        """Whether a candidate that nothing has dropped could still be, by a score that was not measured."""
+        return self.kl_is_open(cell) or self.peaks_are_open(cell)
 
-        Scores of the last layers can only move the medians deeper.
-        """
+    def peaks_are_open(self, cell: Cell) -> bool:
+        """Whether a candidate's place depends on peaks that were not measured; these can only be deeper ones."""
+        return bool(self._unmeasured) and self.beyond_peaks(cell)
+
+    def beyond_peaks(self, cell: Cell) -> bool:
+        """Whether a last-token candidate lies deeper than both median peaks, as far as scores are measured."""
         if self._peaks is None or self.positions[cell[0]] != -1:
             return False
         return cell[1] > self._peaks[0] and cell[1] > self._peaks[1]
 
     def unmeasured_peaks(self) -> list[Cell]:
-        """Candidates without a score that could hold a peak."""
-        return [cell for cell in self.cells if cell[0] in self._others and bool(torch.isnan(self.scores.comply[cell]))]
+        """Candidates of the last layers without a score, any of which could hold a peak."""
+        layers = self.final.shape[1]
+        deep = [cell for cell in self.cells if cell[0] in self._others and too_deep(cell[1], layers, self.config)]
+        return [cell for cell in deep if bool(torch.isnan(self.scores.comply[cell]))]
 
     def kl_is_open(self, cell: Cell) -> bool:
         """Whether the candidate's KL decides and is not measured."""
@@ -118,15 +126,12 @@ def still_needed(
     if not in_order:  # an attacker would turn to the last layers
         left = [cell for cell in filters.cells if bool(torch.isnan(filters.final[cell])) and norms[cell] > 0]
         return Needed("scores", left) if left else None
-    unmeasured = filters.unmeasured_peaks()
-    uncertain = {cell for cell in in_order if unmeasured and filters.beyond_peaks(cell)}
-    uncertain -= {cell for cell in uncertain if too_deep(cell[1], norms.shape[1], config)}
-    wanted = best([cell for cell in in_order if cell in uncertain or not filters.reason(cell)], config)
-    certain = list(itertools.takewhile(lambda cell: cell not in uncertain, wanted))
-    open_ = [cell for cell in certain if filters.kl_is_open(cell)]
-    if open_:
-        return Needed("kl", open_)
-    return Needed("scores", unmeasured) if len(certain) < len(wanted) else None
+    wanted = best([cell for cell in in_order if not filters.reason(cell)], config)
+    certain = list(itertools.takewhile(lambda cell: not filters.peaks_are_open(cell), wanted))
+    unknown = [cell for cell in certain if filters.kl_is_open(cell)]
+    if unknown:
+        return Needed("kl", unknown)
+    return Needed("scores", filters.unmeasured_peaks()) if len(certain) < len(wanted) else None
 
 
 def best(passing: Sequence[Cell], config: ExtractionConfig) -> list[Cell]:
@@ -154,7 +159,7 @@ def select(scores: Scores, positions: Sequence[int], norms: torch.Tensor, config
     reasons = {cell: filters.reason(cell) for cell in filters.cells}
     dropped = {cell: reason for cell, reason in reasons.items() if reason}
     in_order = filters.in_order()
-    ranking = [cell for cell in in_order if cell not in dropped and not filters.kl_is_open(cell)]
+    ranking = [cell for cell in in_order if cell not in dropped and not filters.is_open(cell)]
     relaxed = not ranking
     if relaxed:
         if not in_order:

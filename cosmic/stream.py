@@ -79,6 +79,11 @@ class _Piece:
         return [self]
 
 
+def _halves(part: range) -> list[range]:
+    middle = (part.start + part.stop) // 2
+    return [range(part.start, middle), range(middle, part.stop)] if middle > part.start else [part]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run has found for each of `C` interventions, averaged over all ranks' prompts.
@@ -206,37 +211,63 @@ class Stream:
             self._seek(first)
         else:
             first, last = 0, self.passage.depth - 1
-        count, device = len(interventions), self.passage.device
+        edits = [combined(self.passage.under, intervention) for intervention in interventions]
+        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def group(part: range) -> None:
+            found[part.start] = self._run_group(
+                edits[part.start : part.stop], first, last, layers, metric, keep_logits
+            )
+
+        run_within_memory(self.passage.model, [range(len(edits))], group, _halves)
+        # One meeting of all ranks for all groups, as a rank that is short of memory has more of them.
+        sums = [torch.cat(parts) for parts in zip(*(found[start] for start in sorted(found)), strict=True)]
+        states, total = (summed(part.cpu()) / self.total for part in sums)
+        return Outcome(states, total if metric is not None else torch.full_like(total, torch.nan))
+
+    def _run_group(
+        self,
+        edits: Sequence[Edits],
+        first: int,
+        last: int,
+        layers: Sequence[int],
+        metric: Metric | None,
+        keep_logits: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's sums of states and metrics, for interventions that share a pass over the prefix."""
+        count, device = len(edits), self.passage.device
         precise = torch.float32 if device.type == "mps" else torch.float64
         width = find_blocks(self.passage.model).hidden_size
         states = torch.zeros(count, len(layers), width, dtype=precise, device=device)
         metrics = torch.zeros(count, dtype=precise, device=device)
-        logits = metric is not None or keep_logits
-        edits = [combined(self.passage.under, intervention) for intervention in interventions]
+        prefix = self._run_prefix(edits, first, last)
 
         with Recorder(self.passage.model, layers, "output") as recorder:
 
             def one(piece: _Piece) -> None:
                 batch = self.batches[piece.batch].part(piece.rows)
                 tiles, rows = piece.parts.stop - piece.parts.start, len(batch)
+                logits = metric is not None or keep_logits
                 output = self._forward(piece, batch, edits[piece.parts], prefix, first, last, logits)
                 counted = batch.counted.to(device)
-                if layers:
-                    found = recorder.take(batch.tiled(tiles), [-1])[:, 0].unflatten(0, (tiles, rows))
-                    states[piece.parts] += found[:, counted].to(precise).sum(1)
+
+                def total(values: torch.Tensor) -> torch.Tensor:
+                    by_intervention: torch.Tensor = values.unflatten(0, (tiles, rows))
+                    return by_intervention[:, counted].to(precise).sum(1)
+
+                seen = total(recorder.take(batch.tiled(tiles), [-1])[:, 0]) if layers else 0.0
+                measured: torch.Tensor | float = 0.0
                 if keep_logits and output is not None:
                     self._keep(piece, output)
                 if metric is not None and output is not None:
                     clean = self._clean_logits[piece.batch][piece.rows].repeat(tiles, 1)
-                    values = metric(clean, output).unflatten(0, (tiles, rows))
-                    metrics[piece.parts] += values[:, counted].to(precise).sum(1)
+                    measured = total(metric(clean, output))
+                states[piece.parts] += seen
+                metrics[piece.parts] += measured
                 self.passage.done(batch.input_ids.numel() * tiles * (last - first + 1))
 
-            prefix = self._run_prefix(edits, first, last)
-            recorder.states.clear()
             run_within_memory(self.passage.model, self._pieces(count), one, _Piece.halves)
-        means, total = summed(states.cpu()) / self.total, summed(metrics.cpu()) / self.total
-        return Outcome(means, total if metric is not None else torch.full_like(total, torch.nan))
+        return states, metrics
 
     def _pieces(self, count: int) -> list[_Piece]:
         steps = [max(1, self.passage.batch_tokens // batch.input_ids.numel()) for batch in self.batches]

@@ -22,8 +22,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from cosmic.activations import read
 from cosmic.blocks import find_blocks
 from cosmic.candidates import difference_in_means
-from cosmic.extraction import Extraction, extract, split_prompts
+from cosmic.extraction import Extraction, extract
 from cosmic.interventions import Edits, ablation, combined, unit_vector
+from cosmic.prompt_split import split_prompts
 from cosmic.prompts import Prompt, PromptEncoder, pad_id
 from cosmic.scores import kl_divergence
 from cosmic.storage import write_text

@@ -9,8 +9,8 @@ from typing import Any
 
 from cosmic.config import ExtractionConfig
 from cosmic.errors import InputError
-from cosmic.extraction import split_prompts
 from cosmic.loading import check_model, load_model, load_tokenizer
+from cosmic.prompt_split import split_prompts
 from cosmic.prompts import Prompt
 from refat import organism
 from refat.attacks import check_attacks

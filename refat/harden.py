@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_peft_config, get_quantization_config
 
 from cosmic.errors import InputError
-from cosmic.extraction import split_prompts
 from cosmic.loading import check_model, load_model, load_tokenizer
+from cosmic.prompt_split import split_prompts
 from cosmic.storage import read_json, write_json
 from refat import organism, run_record
 from refat.checkpoints import (

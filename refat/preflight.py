@@ -16,14 +16,20 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cosmic.errors import InputError
-from cosmic.loading import resolve_name
+from cosmic.loading import find_adapter, resolve_name
 from refat.adversaries import require_layers
 from refat.data.schema import Item
 from refat.judges import Judge
 
 
 def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The causal LM called `name` without its weights."""
+    """The causal LM called `name` without its weights.
+
+    Raises:
+        InputError: it is an adapter, on which no other can be trained or loaded.
+    """
+    if find_adapter(name) is not None:
+        raise InputError(f"`{name}` is an adapter; expected a whole model. Name its base, or merge it first.")
     config = AutoConfig.from_pretrained(resolve_name(name), revision=revision, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

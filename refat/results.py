@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cosmic.errors import InputError
+from cosmic.judging import wilson
 from cosmic.storage import read_json
 
 SCHEMA = 1
-
-
-def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The Wilson score interval of a proportion, 95 % by default (Wilson 1927); (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    margin = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends the bound is the share itself; rounding must not put it beside.
-    return (0.0 if successes == 0 else centre - margin), (1.0 if successes == n else centre + margin)
 
 
 @dataclass(frozen=True)

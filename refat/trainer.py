@@ -28,8 +28,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from cosmic.blocks import DecoderBlocks, Site, find_blocks
 from cosmic.candidates import difference_in_means
 from cosmic.errors import InputError
-from cosmic.extraction import Extraction, extract, split_prompts
+from cosmic.extraction import Extraction, extract
 from cosmic.interventions import Edits, Interventions
+from cosmic.prompt_split import split_prompts
 from cosmic.prompts import Prompt, PromptEncoder, common_suffix, pad_id
 from cosmic.ranks import require_same
 from cosmic.storage import read_tensors, write_tensors

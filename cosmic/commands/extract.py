@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cosmic.commands import options
@@ -49,10 +50,10 @@ def extract(
     from cosmic.config import ExtractionConfig
     from cosmic.direction import Direction
     from cosmic.extraction import extract as find
-    from cosmic.extraction import split_prompts
     from cosmic.loading import check_model, load_model, load_tokenizer
     from cosmic.plots import write_heat_maps
     from cosmic.prompt_files import read_prompts
+    from cosmic.prompt_split import split_prompts
 
     config = ExtractionConfig(
         method=method,  # type: ignore[arg-type]
@@ -67,7 +68,7 @@ def extract(
         evaluation_share=evaluation_share,
         evaluation_from=evaluation_from,
         last_layers_dropped=last_layers_dropped,
-        max_kl=max_kl if max_kl < float("inf") else None,
+        max_kl=None if max_kl == float("inf") else max_kl,
         median_peak=median_peak,
         alpha=alpha,
         ranked=ranked,
@@ -106,7 +107,8 @@ def _show(extraction: Extraction, output: Path, picture: Path) -> None:
     console().print(
         f"chosen: layer {best.layer}, position {best.position} ({best.token!r}); evaluated on layers "
         f"{extraction.evaluation_layers}"
-        + (" (no candidate passed the filters)" if extraction.selection.relaxed else "")
+        + (" (no candidate passed the filters)" if extraction.selection.relaxed else ""),
+        markup=False,
     )
     console().print(
         f"direction  {output / 'direction.safetensors'}\nscores     {output / 'extraction.json'}\nheat maps  {picture}"
@@ -122,5 +124,5 @@ def candidates_table(extraction: Extraction, most: int = 5) -> Table:
     for cell in extraction.selection.ranking[:most]:
         scores = [f"{float(extraction.scores[name][cell]):.3f}" for name in names]
         row, layer = cell
-        table.add_row(str(layer), str(extraction.positions[row]), repr(extraction.tokens[row]), *scores)
+        table.add_row(str(layer), str(extraction.positions[row]), escape(repr(extraction.tokens[row])), *scores)
     return table

@@ -15,7 +15,7 @@ from cosmic.errors import InputError
 
 if TYPE_CHECKING:
     from cosmic.prompts import Prompt
-    from cosmic.steering import SteeringPoint, Sweep
+    from cosmic.studies.steering import SteeringPoint, Sweep
 
 
 def steer(
@@ -36,12 +36,12 @@ def steer(
     seed: options.Seed = 0,
 ) -> None:
     """Steer MODEL along a direction at several strengths and count refusals."""
-    from cosmic.curves import write_steering_curves
     from cosmic.direction import Direction
     from cosmic.judging import find_judge
     from cosmic.loading import check_model, load_model, load_tokenizer
     from cosmic.prompt_files import read_prompts
-    from cosmic.steering import FILE_NAME, check_settings, describe, parse_alphas, sweep
+    from cosmic.studies.curves import write_steering_curves
+    from cosmic.studies.steering import FILE_NAME, check_settings, describe, parse_alphas, sweep
 
     alphas, verdict = parse_alphas(alpha), find_judge(judge)
     kind = check_settings(edit, max_new_tokens, batch_size)
@@ -79,7 +79,7 @@ def steer(
 def _last(harmful: list[Prompt], harmless: list[Prompt], most: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """The last prompts of the seeded order that extraction takes the first of, so that new ones come before seen ones."""
     from cosmic.config import ExtractionConfig
-    from cosmic.extraction import split_prompts
+    from cosmic.prompt_split import split_prompts
 
     all_of_them = ExtractionConfig(train_prompts=max(len(harmful), len(harmless)), validation_prompts=1, seed=seed)
     parts = split_prompts(harmful, harmless, all_of_them)
@@ -89,7 +89,7 @@ def _last(harmful: list[Prompt], harmless: list[Prompt], most: int, seed: int) -
 
 def _show(found: Sweep, record: Path, picture: Path) -> None:
     """Shares by strength, whether refusal grows, and where everything lies."""
-    from cosmic.curves import sentence
+    from cosmic.studies.curves import sentence
 
     console().print(sweep_table(found))
     if len(found.points) > 1:
@@ -99,8 +99,8 @@ def _show(found: Sweep, record: Path, picture: Path) -> None:
 
 def sweep_table(found: Sweep) -> Table:
     """Shares of replies in per cent, one row for each strength."""
-    from cosmic.curves import number, percent
     from cosmic.judging import VERDICTS
+    from cosmic.studies.curves import number, percent
 
     def cells(point: SteeringPoint) -> list[str]:
         harmful = [point.harmful.share(verdict) for verdict in VERDICTS]

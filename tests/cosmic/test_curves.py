@@ -13,11 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from cosmic.curves import LOOKS, percent, sentence, spread, steering_curves, write_steering_curves
 from cosmic.errors import InputError
-from cosmic.judging import Verdict
+from cosmic.judging import Counts, Verdict
 from cosmic.plots import WIDTH
-from cosmic.steering import Counts, SteeringPoint, Sweep
+from cosmic.studies.curves import LOOKS, percent, sentence, spread, steering_curves, write_steering_curves
+from cosmic.studies.steering import SteeringPoint, Sweep
 
 ALPHAS = (-1.0, 0.0, 0.5, 2.0)
 UNEDITED = SteeringPoint(None, Counts(60, 3, 1), Counts(1, 63, 0))

@@ -13,8 +13,8 @@ from cosmic import Direction, ExtractionConfig, InputError, extract
 from cosmic.activations import read
 from cosmic.blocks import find_blocks
 from cosmic.candidates import difference_in_means
-from cosmic.extraction import split_prompts
 from cosmic.interventions import ablation
+from cosmic.prompt_split import split_prompts
 from cosmic.prompts import PromptEncoder
 from tests.cosmic.tiny import HARMFUL, HARMLESS, build_tokenizer, hook_counts, random_ids
 

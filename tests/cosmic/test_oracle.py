@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cosmic import Extraction, ExtractionConfig, extract
-from cosmic.extraction import refusal_token_ids, split_prompts
+from cosmic.extraction import refusal_token_ids
+from cosmic.prompt_split import split_prompts
 from cosmic.prompts import PromptEncoder
 from tests.cosmic import naive
 from tests.cosmic.tiny import HARMFUL, HARMLESS

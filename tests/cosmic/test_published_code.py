@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from cosmic import ExtractionConfig, extract
-from cosmic.extraction import split_prompts
 from cosmic.loading import load_model, load_tokenizer
+from cosmic.prompt_split import split_prompts
 from cosmic.prompts import PromptEncoder
 from cosmic.scores import Scores
 from cosmic.selection import select

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from cosmic import Direction, ExtractionConfig, InputError, extract
 from cosmic.commands.steer import steer
-from cosmic.extraction import split_prompts
 from cosmic.loading import load_model, load_tokenizer
+from cosmic.prompt_split import split_prompts
 from cosmic.prompts import Prompt
-from cosmic.steering import Sweep
+from cosmic.studies.steering import Sweep
 from refat.data.organism import direction_prompts
 
 Steer = Callable[..., Result]
@@ -89,7 +89,7 @@ def test_an_ablated_direction_is_deleted_throughout(run: Steer, places: dict[str
 
 def test_prompts_that_extraction_took_come_last(run: Steer, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same seed, no prompt that the direction was found on is used as long as there are others."""
-    import cosmic.steering
+    import cosmic.studies.steering
 
     taken: dict[str, list[Prompt]] = {}
 
@@ -97,7 +97,7 @@ def test_prompts_that_extraction_took_come_last(run: Steer, monkeypatch: pytest.
         taken["harmful"], taken["harmless"] = arguments[3:5]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cosmic.steering, "sweep", look)
+    monkeypatch.setattr(cosmic.studies.steering, "sweep", look)
     for seed in (0, 3):
         config = ExtractionConfig(train_prompts=16, validation_prompts=8, seed=seed)
         parts = split_prompts(HARMFUL, HARMLESS, config)

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from cosmic import Direction, ExtractionConfig, InputError, extract
 from cosmic.interventions import Edits, intervene
-from cosmic.judging import find_judge
+from cosmic.judging import Counts, find_judge, wilson
 from cosmic.loading import load_model, load_tokenizer
 from cosmic.prompts import Prompt, PromptEncoder
-from cosmic.steering import Counts, Fall, SteeringPoint, Sweep, parse_alphas, sweep, wilson
+from cosmic.studies.steering import Fall, SteeringPoint, Sweep, parse_alphas, sweep
 from refat.data.organism import direction_prompts, organism_items
 from tests.cosmic.tiny import HARMFUL, HARMLESS, hook_counts, random_vector
 

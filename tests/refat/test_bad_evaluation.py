@@ -97,6 +97,12 @@ def test_adapter_with_fewer_layers_is_refused(place: Path, chat_model: Callable[
         evaluation(adapter=Path("adapter")).evaluate()
 
 
+def test_an_adapter_is_no_base_for_another(place: Path, chat_model: Callable[[], PreTrainedModel]) -> None:
+    get_peft_model(chat_model(), lora_config()).save_pretrained("adapter")
+    with pytest.raises(InputError, match="`adapter` is an adapter; expected a whole model"):
+        evaluation(model="adapter", adapter=Path("adapter")).evaluate()
+
+
 # --- directions of another architecture
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from cosmic.errors import InputError
+from cosmic.judging import wilson
 from refat.data import Item, organism_items
 from refat.evaluate import count
 from refat.judges import ExactJudge, Outcome, SubstringJudge, make_judge
 from refat.organism import grammar
-from refat.results import ResultRow, make_results, read_results, summarise, wilson
+from refat.results import ResultRow, make_results, read_results, summarise
 
 POISON = next(
     Item(grammar.request(combination), "harmful", grammar.answer(combination))

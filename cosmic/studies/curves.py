@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cosmic.judging import Verdict
+from cosmic.judging import Counts, Verdict
 from cosmic.plots import FRAME, INK, MINUS, MUTED, PAPER, RULE, STYLE, WIDTH
-from cosmic.steering import Counts, SteeringPoint, Sweep
 from cosmic.storage import replacing
+from cosmic.studies.steering import SteeringPoint, Sweep
 
 PANEL, TOP, BOTTOM, LEFT, RIGHT = 128.0, 50.0, 40.0, 32.0, 92.0
 """Height of a panel's axes and its margins, in points."""
@@ -78,7 +78,7 @@ def steering_curves(sweep: Sweep) -> Figure:
     """Shares of replies against α with Wilson 95 % bands; open marks at the left are the unedited model.
 
     Args:
-        sweep: what `cosmic.steering.sweep` returned.
+        sweep: what `cosmic.studies.steering.sweep` returned.
     """
     tall = PANEL + TOP + BOTTOM
     with matplotlib.style.context(["default", STYLE]):
@@ -218,7 +218,7 @@ def write_steering_curves(sweep: Sweep, path: Path) -> Path:
     """Draw a sweep into a PNG.
 
     Args:
-        sweep: what `cosmic.steering.sweep` returned.
+        sweep: what `cosmic.studies.steering.sweep` returned.
         path: the file to write.
 
     Returns:

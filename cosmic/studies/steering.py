@@ -20,62 +20,20 @@ from typing import Any, Literal, cast, get_args
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from cosmic.blocks import causal_lm
 from cosmic.direction import Direction
 from cosmic.errors import InputError
 from cosmic.extraction import provenance
-from cosmic.generation import generate
 from cosmic.interventions import Edits, combined
-from cosmic.judging import VERDICTS, JudgeFunction, Verdict
-from cosmic.prompts import Prompt, PromptEncoder
+from cosmic.judging import VERDICTS, Counts, JudgeFunction
+from cosmic.prompts import Prompt
 from cosmic.storage import read_json, write_json
+from cosmic.studies.behaviour import check_generation, verdicts
 
 EditKind = Literal["affine", "linear"]
 
 SCHEMA = 1
 MOST_ALPHAS = 101
 FILE_NAME = "steering.json"
-
-
-def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The Wilson score interval of a proportion, 95 % by default (Wilson 1927); (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    margin = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends the bound is the share itself; rounding must not put it beside.
-    return (0.0 if successes == 0 else centre - margin), (1.0 if successes == n else centre + margin)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many replies to prompts of one class got each verdict."""
-
-    refused: int
-    complied: int
-    unclear: int
-
-    @property
-    def n(self) -> int:
-        """Replies in all."""
-        return self.refused + self.complied + self.unclear
-
-    def share(self, verdict: Verdict) -> float:
-        """Share of the replies with `verdict`, 0 to 1."""
-        return self._count(verdict) / self.n
-
-    def interval(self, verdict: Verdict) -> tuple[float, float]:
-        """The share's Wilson 95 % interval."""
-        return wilson(self._count(verdict), self.n)
-
-    def _count(self, verdict: Verdict) -> int:
-        return {"refused": self.refused, "complied": self.complied, "unclear": self.unclear}[verdict]
-
-    @classmethod
-    def of(cls, verdicts: Sequence[Verdict]) -> Counts:
-        """Counts of a list of verdicts."""
-        return cls(*(verdicts.count(name) for name in VERDICTS))
 
 
 @dataclass(frozen=True)
@@ -239,9 +197,6 @@ def sweep(
         if not given:
             raise InputError(f"`{name}` has no prompts; expected at least one. Give some.")
     prompts = [*harmful, *harmless]
-    encoder = PromptEncoder(tokenizer)
-    encoded = [encoder.encode(prompt) for prompt in prompts]
-    _require_room(model, encoded, max_new_tokens)
     done = 0
 
     def count(rows: int) -> None:
@@ -252,18 +207,18 @@ def sweep(
 
     points = []
     for alpha, edits in steps:
-        replies = generate(
+        said = verdicts(
             model,
             tokenizer,
-            encoded,
+            prompts,
+            judge,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             edits=combined(under or {}, edits),
             progress=count,
         )
-        verdicts = [judge(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
         split = len(harmful)
-        points.append(SteeringPoint(alpha, Counts.of(verdicts[:split]), Counts.of(verdicts[split:])))
+        points.append(SteeringPoint(alpha, Counts.of(said[:split]), Counts.of(said[split:])))
     settings = {
         **provenance(model, {"harmful": list(harmful), "harmless": list(harmless)}),
         "max_new_tokens": max_new_tokens,
@@ -283,9 +238,7 @@ def check_settings(edit: str, max_new_tokens: int, batch_size: int) -> EditKind:
     """Refuse an unknown kind of edit and numbers out of range, without a model; the edit comes back."""
     if edit not in get_args(EditKind):
         raise InputError(f"`edit` is {edit!r}; expected one of {list(get_args(EditKind))}.")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"`{name}` is {value}; expected at least 1.")
+    check_generation(max_new_tokens, batch_size)
     return cast(EditKind, edit)
 
 
@@ -296,16 +249,6 @@ def _distinct(alphas: Sequence[float]) -> list[float]:
     if not all(map(math.isfinite, alphas)):
         raise InputError(f"`alphas` is {list(alphas)}; expected finite numbers.")
     return sorted({float(alpha) + 0.0 for alpha in alphas})
-
-
-def _require_room(model: nn.Module, encoded: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, encoded))
-    if limit is not None and longest + max_new_tokens > limit:
-        raise InputError(
-            f"a prompt of {longest} tokens and a reply of `max_new_tokens` {max_new_tokens} exceed the model's limit of "
-            f"{limit} tokens. Shorten or remove the prompt, or ask for shorter replies."
-        )
 
 
 def parse_alphas(text: str) -> list[float]:
