@@ -124,7 +124,7 @@ def test_every_filter_of_the_selection_is_recognised_and_counted() -> None:
     ]
     assert found.candidates[5].verdict == "below; KL not measured"
     assert math.isnan(found.candidates[5].scores["kl"])
-    assert len(found.candidates) == 11
+    assert len(found.candidates) == 13
     assert "2 scored higher and were dropped, the best of them layer 3, position -1 ('t-1'), 8.200 higher" in summary(
         found
     )
