@@ -10,6 +10,7 @@ where `harmful` and `harmless` are prompts without answers.
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,12 +34,15 @@ from cosmic.loading import registered_name
 from cosmic.prompt_split import fingerprint, split_prompts
 from cosmic.prompts import Prompt, PromptEncoder, pad_id
 from cosmic.ranks import rank
-from cosmic.scores import evaluation_layers
+from cosmic.scores import Scores, evaluation_layers
 from cosmic.scoring import score_candidates
 from cosmic.selection import Cell, Selection, select
 from cosmic.storage import read_json, read_tensors, write_json, write_tensors
 
 log = logging.getLogger(__name__)
+
+WORTH = 0.05
+"""Gain in S_comply + S_refuse over no edit below which a choice is no better than chance."""
 
 REFUSAL_OPENERS = ("I cannot", "I'm sorry", "Sorry", "As an AI")
 
@@ -57,6 +61,7 @@ class Extraction:
         selection: ranking and reasons.
         evaluation_layers: L_low.
         config: the settings used.
+        unedited: what S_comply and S_refuse are without any edit, cos(b clean, a clean).
     """
 
     direction: Direction
@@ -70,6 +75,7 @@ class Extraction:
     evaluation_layers: list[int]
     config: ExtractionConfig
     provenance: dict[str, Any] = field(default_factory=dict)
+    unedited: float = math.nan
 
     def at(self, cell: Cell) -> Direction:
         """The candidate at (position index, layer) as a direction of its own."""
@@ -103,6 +109,7 @@ class Extraction:
                 "ranking": [list(cell) for cell in self.selection.ranking],
                 "dropped": [[*cell, reason] for cell, reason in self.selection.dropped.items()],
                 "scores": {name: _finite(values) for name, values in self.scores.items()},
+                "unedited": self.unedited if math.isfinite(self.unedited) else None,
                 "config": self.config.as_dict(),
                 "provenance": self.provenance,
             },
@@ -118,7 +125,7 @@ class Extraction:
         folder = Path(folder)
         record, tensors = read_json(folder / "extraction.json"), read_tensors(folder / "candidates.safetensors")
         try:
-            settings = dict(record["config"])
+            settings = {name: value for name, value in record["config"].items() if name != "batch_size"}  # until 0.1
             if settings["refusal_tokens"] is not None:
                 settings["refusal_tokens"] = tuple(settings["refusal_tokens"])
             selection = Selection(
@@ -139,6 +146,7 @@ class Extraction:
                 record["evaluation_layers"],
                 ExtractionConfig(**settings),
                 record["provenance"],
+                math.nan if record.get("unedited") is None else record["unedited"],
             )
         except InputError:
             raise
@@ -214,7 +222,7 @@ def extract(
     return _assemble(
         candidates,
         [tokenizer.decode([example[position]]) for position in positions],
-        scores.as_dict(),
+        scores,
         selection,
         layers,
         config,
@@ -225,13 +233,13 @@ def extract(
 def _assemble(
     candidates: Candidates,
     tokens: list[str],
-    maps: dict[str, torch.Tensor],
+    scores: Scores,
     selection: Selection,
     layers: list[int],
     config: ExtractionConfig,
     origin: dict[str, Any],
 ) -> Extraction:
-    row, layer = selection.chosen
+    (row, layer), maps = selection.chosen, scores.as_dict()
     direction = Direction(
         candidates.vectors[row, layer].float(),
         candidates.references[row, layer].float(),
@@ -253,16 +261,25 @@ def _assemble(
         layers,
         config,
         origin,
+        scores.unedited,
     )
 
 
-def _select(scores: Any, candidates: Candidates, config: ExtractionConfig) -> Selection:
+def _select(scores: Scores, candidates: Candidates, config: ExtractionConfig) -> Selection:
     try:
         selection = select(scores, candidates.positions, candidates.vectors.norm(dim=-1), config)
     except ArithmeticError as error:
         raise InputError(f"{error}. Give prompts that the model tells apart.") from error
     if selection.relaxed and rank() == 0:
         log.warning("no candidate passed the filters; the best of those outside the last layers was taken")
+    gained = float(scores.comply[selection.chosen] + scores.refuse[selection.chosen]) - 2 * scores.unedited
+    if gained < WORTH and rank() == 0:
+        log.warning(
+            "the chosen direction scores %.3f more than no edit at all: inside the model harmful and harmless validation "
+            "prompts are alike (cosine %.3f), so the scores cannot tell which direction refusal is",
+            gained,
+            scores.unedited,
+        )
     return selection
 
 

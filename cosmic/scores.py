@@ -12,6 +12,7 @@ under ablation from the clean one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,8 @@ import torch
 class Scores:
     """Scores of all candidates, each `[P, L]` float64; not-a-number where one was not needed and not measured.
 
-    `bypass` and `induce` are there for the substring method only.
+    `bypass` and `induce` are there for the substring method only. `unedited` is cos(b clean, a clean): what S_comply and
+    S_refuse are if nothing is edited.
     """
 
     comply: torch.Tensor
@@ -31,12 +33,16 @@ class Scores:
     kl: torch.Tensor
     bypass: torch.Tensor | None = None
     induce: torch.Tensor | None = None
+    unedited: float = math.nan
 
     @classmethod
     def unmeasured(cls, positions: int, layers: int, *, substring: bool) -> Scores:
         """Maps to be filled in."""
-        empty = [torch.full((positions, layers), torch.nan, dtype=torch.float64) for _ in range(5)]
-        return cls(*empty) if substring else cls(*empty[:3])
+
+        def empty() -> torch.Tensor:
+            return torch.full((positions, layers), torch.nan, dtype=torch.float64)
+
+        return cls(empty(), empty(), empty(), *((empty(), empty()) if substring else ()))
 
     @property
     def final(self) -> torch.Tensor:

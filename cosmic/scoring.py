@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -117,7 +117,8 @@ class _Scorer:
                 self._measure_kl(needed.cells)
             else:
                 self._score(needed.cells)
-        return self.maps
+        plain = self.plain_harmful.states[0], self.plain_harmless.states[0]
+        return replace(self.maps, unedited=float(similarity(*plain, self.config.aggregate)))
 
     def expected_work(self) -> int:
         """Tokens times blocks, taking it that the best candidates pass and the last layers are not needed."""
