@@ -283,6 +283,10 @@ def main() -> None:
     parser.add_argument("--positions", type=int, help="how many of the last template tokens; all")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if "llama3-8b" in arguments.models and not torch.cuda.is_available():
+        parser.error(
+            "`--models llama3-8b` needs a GPU: its weights and the published algorithm are too much for a CPU"
+        )
     rows = []
     for name in arguments.models:
         for intervention in arguments.interventions:

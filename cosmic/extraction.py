@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from cosmic.blocks import causal_lm
+from cosmic.budget import tokens_per_pass
 from cosmic.candidates import Candidates, difference_in_means
 from cosmic.config import ExtractionConfig
 from cosmic.direction import Direction, LayerDirections
@@ -33,7 +34,7 @@ from cosmic.interventions import Edits
 from cosmic.loading import registered_name
 from cosmic.prompt_split import fingerprint, split_prompts
 from cosmic.prompts import Prompt, PromptEncoder, pad_id
-from cosmic.ranks import rank
+from cosmic.ranks import input_device, rank
 from cosmic.scores import Scores, evaluation_layers
 from cosmic.scoring import score_candidates
 from cosmic.selection import Cell, Selection, select
@@ -196,7 +197,9 @@ def extract(
     pad = pad_id(tokenizer)
     positions = both.positions([*encoded["train_harmful"], *encoded["train_harmless"]], config.positions)
     train = encoded["train_harmful"], encoded["train_harmless"]
-    options: Any = {"positions": positions, "pad": pad, "batch_tokens": config.batch_tokens, "edits": under}
+    device = input_device(causal_lm(model).get_input_embeddings())
+    batch_tokens = config.batch_tokens or tokens_per_pass(model, device, config.memory_gib)
+    options: Any = {"positions": positions, "pad": pad, "batch_tokens": batch_tokens, "edits": under}
     candidates = (
         difference_in_means(model, *train, **options)
         if config.candidates == "mean"

@@ -121,27 +121,6 @@ def test_the_input_is_not_changed_in_place_and_gradients_flow() -> None:
     torch.testing.assert_close(x.grad[1], 2 * before[1])
 
 
-def test_ablation_is_idempotent_and_blind_to_length() -> None:
-    x, r = random_vector(2, 3, WIDTH), random_vector(WIDTH, seed=1)
-    site = Site(0, "block_input")
-    edit = edit_of(ablation(r, [site]))
-    once = apply_edit(x, edit)
-    torch.testing.assert_close(apply_edit(once, edit), once, rtol=0, atol=1e-6)
-    for scale in (1e-20, 1e-6, 7.0, 1e6):
-        torch.testing.assert_close(apply_edit(x, edit_of(ablation(scale * r, [site]))), once, rtol=0, atol=1e-6)
-    torch.testing.assert_close(apply_edit(x, edit_of(ablation(-r, [site]))), once, rtol=0, atol=1e-6)
-
-
-def test_affine_ablation_is_linear_ablation_re_centred() -> None:
-    x, r, origin = random_vector(2, 3, WIDTH), random_vector(WIDTH, seed=1), random_vector(WIDTH, seed=2)
-    linear = apply_edit(x, edit_of(ablation(r, [Site(0, "block_input")])))
-    shift = apply_edit(x, edit_of(affine(r, origin, 0))) - linear
-    unit = r / r.norm()
-    torch.testing.assert_close(shift, ((origin @ unit) * unit).expand_as(shift), rtol=1e-5, atol=1e-6)
-    centred = apply_edit(x, edit_of(affine(r, origin - (origin @ unit) * unit, 0)))
-    torch.testing.assert_close(centred, linear, rtol=0, atol=1e-5)
-
-
 def test_the_zero_vector_changes_nothing(llama: PreTrainedModel) -> None:
     zero = Direction(torch.zeros(WIDTH), random_vector(WIDTH), layer=1, position=-1)
     clean = logits(llama, random_ids(2, 6))
