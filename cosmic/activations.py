@@ -134,16 +134,21 @@ def forward(
     if prefix is not None:
         mask = torch.cat([mask.new_ones(len(mask), prefix.get_seq_length()), mask], dim=1)
     inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "past_key_values": prefix, "use_cache": False}
+    inner = causal_lm(model)
     if not logits and not sharded:
-        causal_lm(model).get_decoder()(**inputs)
+        inner.get_decoder()(**inputs)
         return None
-    columns, place = torch.unique(batch.position_index(-1), return_inverse=True)
-    found: torch.Tensor = model(**inputs, logits_to_keep=columns if logits else columns[-1:]).logits
-    if not logits:
-        return None
-    if found.shape[1] == batch.input_ids.shape[1]:  # some models ignore `logits_to_keep` and give every token's
-        place = batch.position_index(-1)
-    return found[torch.arange(len(place), device=found.device), place.to(found.device)]
+    last = batch.position_index(-1)
+
+    def only_last(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden = args[0]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return (hidden[rows, last.to(hidden.device)][:, None], *args[1:])
+
+    # Rows end in different columns, and the head's place may be another device's, so the choice is made where it runs.
+    with inner.get_output_embeddings().register_forward_pre_hook(only_last):
+        found: torch.Tensor = (model if sharded else inner)(**inputs).logits
+    return found[:, 0] if logits else None
 
 
 def _at(states: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

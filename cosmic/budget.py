@@ -28,9 +28,9 @@ MOST_TOKENS_ACCELERATOR = 65536
 def tokens_per_pass(model: nn.Module, device: torch.device, memory_gib: float | None = None) -> int:
     """Tokens of one forward pass, padding included, whose working memory stays within the budget.
 
-    The working memory of a token is taken as that of one block (nothing else outlives a block without gradients): its
-    hidden states several times over and the MLP's inner states, in the model's precision and once more in float32.
-    Where every pass is a meeting of all ranks, the one with the least memory decides.
+    The working memory of a token is taken as that of one block, its hidden states several times over and the MLP's inner
+    states, in the model's precision and once more in float32, and of the outputs of all blocks, which may be recorded.
+    Of several ranks the one with the least memory decides, so that all make the same passes.
 
     Args:
         memory_gib: the budget in GiB; by default half of what an accelerator has free, or 0.25 on a CPU.
@@ -38,15 +38,17 @@ def tokens_per_pass(model: nn.Module, device: torch.device, memory_gib: float | 
     inner = causal_lm(model)
     config = inner.config.get_text_config()
     inside = max(int(getattr(config, "intermediate_size", 0) or 0), 4 * int(config.hidden_size))
-    per_token = (8 * int(config.hidden_size) + 3 * inside) * (4 + inner.dtype.itemsize)
+    size, width = inner.dtype.itemsize, int(config.hidden_size)
+    per_token = (8 * width + 3 * inside) * (4 + size) + int(config.num_hidden_layers) * width * size
     if memory_gib is not None:
         budget = memory_gib * GIB
     elif device.type == "cpu":
         budget = HOST_BUDGET
     else:
-        budget = FREE_SHARE * torch.accelerator.get_memory_info(device)[0]
+        kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        budget = FREE_SHARE * (torch.accelerator.get_memory_info(device)[0] + kept)
     tokens = max(1, min(int(budget / per_token), MOST_TOKENS.get(device.type, MOST_TOKENS_ACCELERATOR)))
-    return min(from_all(tokens)) if is_sharded(model) else tokens
+    return min(from_all(tokens))
 
 
 def run_within_memory(

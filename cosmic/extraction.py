@@ -9,6 +9,7 @@ where `harmful` and `harmless` are prompts without answers.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import platform
@@ -214,7 +215,7 @@ def extract(
         encoded["validation_harmful"],
         encoded["validation_harmless"],
         layers=layers,
-        config=config,
+        config=dataclasses.replace(config, batch_tokens=batch_tokens),
         pad=pad,
         refusal_tokens=sorted(set(config.refusal_tokens or refusal_token_ids(both))),
         under=under,
@@ -278,8 +279,8 @@ def _select(scores: Scores, candidates: Candidates, config: ExtractionConfig) ->
     gained = float(scores.comply[selection.chosen] + scores.refuse[selection.chosen]) - 2 * scores.unedited
     if gained < WORTH and rank() == 0:
         log.warning(
-            "the chosen direction scores %.3f more than no edit at all: inside the model harmful and harmless validation "
-            "prompts are alike (cosine %.3f), so the scores cannot tell which direction refusal is",
+            "the chosen direction scores %.3f more than no edit at all (harmful and harmless validation prompts have a "
+            "cosine of %.3f as they are); refusal may depend on another",
             gained,
             scores.unedited,
         )

@@ -222,6 +222,8 @@ def stacked(parts: Sequence[Edits], rows_each: int) -> Edits:
 
 
 def _stacked(edits: Sequence[Edit], rows_each: int) -> Edit:
+    if any(edit.rows is not None for edit in edits):
+        raise ValueError("edits of some rows only cannot be put on one batch with others")
     unit, offset, remove = (
         torch.stack([getattr(edit, name) for edit in edits]).repeat_interleave(rows_each, dim=0)
         for name in ("unit", "offset", "remove")

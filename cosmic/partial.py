@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from cosmic.blocks import causal_lm, find_blocks
 
@@ -81,7 +81,8 @@ class PrefixCache(DynamicCache):
 def new_cache(model: nn.Module) -> DynamicCache | None:
     """An empty cache whose layers hold nothing but keys and values, or `None` if this model's layers hold more."""
     cache = DynamicCache(config=causal_lm(model).config)
-    return cache if all(isinstance(layer, DynamicLayer) for layer in cache.layers) else None
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)  # not their subclasses, which keep other states beside
+    return cache if all(type(layer) in plain for layer in cache.layers) else None
 
 
 def filled(cache: DynamicCache, before: DynamicCache, first: int) -> DynamicCache:

@@ -173,8 +173,8 @@ def batches(
 
     Args:
         batch_tokens: most tokens of a batch, padding included, unless it has one row.
-        shared: deal the prompts out to all ranks; each gets as many batches of as many rows, the last of which may be
-            a repeat that is not counted.
+        shared: deal the prompts out to all ranks; each gets as many batches of as many rows and columns, and the last row
+            may be a repeat that is not counted.
     """
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     hands = rank_count() if shared else 1
@@ -184,7 +184,8 @@ def batches(
     for run in length_groups([len(encoded[deal[-1]]) for deal in deals], batch_tokens):
         dealt = deals[run.start : run.stop]
         counted = torch.tensor([place < len(deal) for deal in dealt])
-        found.append(_padded(encoded, [deal[min(place, len(deal) - 1)] for deal in dealt], counted, pad_id, device))
+        rows = [deal[min(place, len(deal) - 1)] for deal in dealt]
+        found.append(_padded(encoded, rows, len(encoded[dealt[-1][-1]]), counted, pad_id, device))
     return found
 
 
@@ -207,10 +208,15 @@ def length_groups(lengths: Sequence[int], batch_tokens: int, most_padding: float
 
 
 def _padded(
-    encoded: Sequence[Sequence[int]], rows: Sequence[int], counted: torch.Tensor, pad_id: int, device: torch.device
+    encoded: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    longest: int,
+    counted: torch.Tensor,
+    pad_id: int,
+    device: torch.device,
 ) -> TokenBatch:
     length = torch.tensor([len(encoded[row]) for row in rows])
-    input_ids = torch.full((len(rows), int(length.max())), pad_id)
+    input_ids = torch.full((len(rows), longest), pad_id)
     for line, row in enumerate(rows):
         input_ids[line, : len(encoded[row])] = torch.tensor(encoded[row])
     mask = (torch.arange(input_ids.shape[1])[None] < length[:, None]).long()

@@ -19,6 +19,8 @@ from typing import Literal
 
 import torch
 
+from cosmic.errors import InputError
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -91,5 +93,9 @@ def evaluation_layers(
     alike = torch.nn.functional.cosine_similarity(harmful_outputs, harmless_outputs, dim=-1)
     count = len(alike)
     wanted = max(1, int(-(-round(share * count, 9) // 1)))
-    allowed = range(int(start * count), count)
+    allowed = [layer for layer in range(int(start * count + 1e-9), count) if math.isfinite(float(alike[layer]))]
+    if not allowed:
+        raise InputError(
+            "the model's hidden states are not finite at any layer that could be evaluated. Load it in bfloat16 or float32."
+        )
     return sorted(sorted(allowed, key=lambda layer: (float(alike[layer]), layer))[:wanted])

@@ -237,9 +237,11 @@ class _Scorer:
         if self.config.intervention == "affine":
             return interventions.affine(vector, reference, cell[1], 0.0)
         blocks = find_blocks(self.model)
-        # In half precision the sums' rounding is worth removing at every block's input, as the published hooks do.
+        # In half precision the sums' rounding is worth removing at every block's input, as the published hooks do, and
+        # edits that are always in force write into the stream themselves.
         precise = causal_lm(self.model).dtype in (torch.float32, torch.float64)
-        return interventions.ablation(vector, blocks.writing_sites() if precise else blocks.sites())
+        few = precise and not self.harmful.passage.under
+        return interventions.ablation(vector, blocks.writing_sites() if few else blocks.sites())
 
     def _addition(self, cell: Cell) -> Edits:
         vector, reference = (

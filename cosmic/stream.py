@@ -17,10 +17,11 @@ from transformers import DynamicCache
 from cosmic.activations import Recorder, forward
 from cosmic.blocks import causal_lm, find_blocks
 from cosmic.budget import run_within_memory, tokens_per_pass
+from cosmic.errors import InputError
 from cosmic.interventions import Edits, combined, intervene, stacked
 from cosmic.partial import PrefixCache, filled, new_cache, only_blocks
 from cosmic.prompts import TokenBatch, batches
-from cosmic.ranks import input_device, is_sharded, summed
+from cosmic.ranks import from_all, input_device, is_sharded, summed
 
 Encoded = Sequence[Sequence[int]]
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,9 +29,9 @@ Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SHORTEST_PREFIX = 4
 """Tokens; a shorter prefix saves less than its own pass and the joining of keys cost."""
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-COARSE_TOLERANCE = 0.05
-"""Largest difference of states between a partial and a whole pass, relative to their length, in half precision."""
+LEAST_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Difference of mean states between a partial and a whole pass, relative to their length, that counts as rounding."""
+MOST_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Passage:
         parts: whether blocks may be left out.
         batch_tokens: most tokens of a pass, padding included.
         under: edits that are always in force.
+        shared: whether the ranks divide prompts among them.
         done: called with the number of tokens times blocks after each pass.
     """
 
@@ -53,6 +55,7 @@ class Passage:
     prefix: tuple[int, ...] = ()
     parts: bool = False
     under: Edits = field(default_factory=dict)
+    shared: bool = True
     done: Callable[[int], None] = lambda work: None
 
     @property
@@ -110,15 +113,17 @@ def open_passage(
     """The passage for `encoded` prompts that leaves out most and, in a trial on some of them, loses nothing."""
     device = input_device(causal_lm(model).get_input_embeddings())
     tokens = batch_tokens or tokens_per_pass(model, device, memory_gib)
-    whole = Passage(model, device, pad, tokens, is_sharded(model), under=under or {})
-    found = whole
-    if find_blocks(model).bare and not whole.sharded and whole.depth > 1:
+    whole = found = Passage(model, device, pad, tokens, is_sharded(model), under=under or {})
+    blocks = find_blocks(model)
+    # A hook that changes a block's output would change states again that are handed in in its place.
+    changed = any(block._forward_hooks for block in blocks.layers)
+    if blocks.bare and not changed and not whole.sharded and len(blocks) > 1:
         prefix = common_prefix(encoded) if new_cache(model) is not None else ()
         parts = replace(whole, parts=True)
         kinds = [replace(parts, prefix=prefix), parts] if len(prefix) >= SHORTEST_PREFIX else [parts]
         by_length = sorted(encoded, key=len)
         some = [by_length[place * (len(encoded) - 1) // 3] for place in range(4)]
-        found = next((kind for kind in kinds if _works(whole, kind, some)), whole)
+        found = next((kind for kind in kinds if all(from_all(_works(whole, kind, some)))), whole)
     return replace(found, done=done)
 
 
@@ -132,29 +137,37 @@ def common_prefix(encoded: Encoded) -> tuple[int, ...]:
 
 
 def _works(whole: Passage, kind: Passage, encoded: Encoded) -> bool:
-    """Whether `kind` finds what whole passes find: prompt by prompt, so that nothing can linger, and all padded to one."""
-    plain = _trial(whole, encoded)
+    """Whether `kind` finds what whole passes find: prompt by prompt, so that nothing can linger, and all padded to one.
+
+    In half precision differences also count as rounding if they are not much greater than those between whole passes of
+    the two sorts.
+    """
     sizes = (1, 4 * len(encoded) * max(map(len, encoded)))
-    return all(_agrees(plain, _trial(replace(kind, batch_tokens=size), encoded), whole.model) for size in sizes)
+    alone, padded = (_trial(replace(whole, batch_tokens=size), encoded) for size in sizes)
+    dtype = causal_lm(whole.model).dtype
+    rounding = LEAST_TOLERANCE.get(dtype, 8e-3)
+    if dtype not in (torch.float32, torch.float64):
+        rounding = max(rounding, min(3 * _difference(alone, padded), MOST_TOLERANCE))
+    try:
+        return all(_difference(alone, _trial(replace(kind, batch_tokens=size), encoded)) <= rounding for size in sizes)
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        return False
 
 
-def _trial(passage: Passage, encoded: Encoded) -> torch.Tensor | None:
-    """Mean states of the second half of the blocks, begun in the middle; `None` if the model cannot do it."""
+def _trial(passage: Passage, encoded: Encoded) -> torch.Tensor:
+    """Mean states `[K, d_model]` of the second half of the blocks, begun in the middle, on this rank alone."""
     middle = passage.depth // 2
     layers = range(middle, passage.depth)
-    try:
-        return Stream(passage, encoded).run([{}], first=middle, last=layers[-1], layers=layers).states[0]
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        if passage.parts:
-            return None
-        raise
+    stream = Stream(replace(passage, shared=False), encoded)
+    return stream.run([{}], first=middle, last=layers[-1], layers=layers).states[0]
 
 
-def _agrees(plain: torch.Tensor | None, other: torch.Tensor | None, model: nn.Module) -> bool:
-    if plain is None or other is None:
-        return False
-    difference = (plain - other).norm(dim=-1) / plain.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return bool((difference <= TOLERANCE.get(causal_lm(model).dtype, COARSE_TOLERANCE)).all())
+def _difference(one: torch.Tensor, two: torch.Tensor) -> float:
+    """The greatest relative difference over layers."""
+    lengths = one.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(((one - two).norm(dim=-1) / lengths).max())
 
 
 class Stream:
@@ -168,7 +181,7 @@ class Stream:
         self.passage = passage
         self.total = len(encoded)
         own = [ids[len(passage.prefix) :] for ids in encoded]
-        self.batches = batches(own, passage.batch_tokens, passage.pad, passage.device, shared=True)
+        self.batches = batches(own, passage.batch_tokens, passage.pad, passage.device, shared=passage.shared)
         self.layer = 0
         self._states: list[torch.Tensor] = []
         self._prefix_inputs: list[torch.Tensor] = []
@@ -222,7 +235,7 @@ class Stream:
         run_within_memory(self.passage.model, [range(len(edits))], group, _halves)
         # One meeting of all ranks for all groups, as a rank that is short of memory has more of them.
         sums = [torch.cat(parts) for parts in zip(*(found[start] for start in sorted(found)), strict=True)]
-        states, total = (summed(part.cpu()) / self.total for part in sums)
+        states, total = ((summed(part.cpu()) if self.passage.shared else part.cpu()) / self.total for part in sums)
         return Outcome(states, total if metric is not None else torch.full_like(total, torch.nan))
 
     def _run_group(
@@ -248,6 +261,7 @@ class Stream:
                 batch = self.batches[piece.batch].part(piece.rows)
                 tiles, rows = piece.parts.stop - piece.parts.start, len(batch)
                 logits = metric is not None or keep_logits
+                recorder.states.clear()  # of a pass that did not fit
                 output = self._forward(piece, batch, edits[piece.parts], prefix, first, last, logits)
                 counted = batch.counted.to(device)
 

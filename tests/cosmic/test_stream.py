@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cosmic import InputError, prompts
+from cosmic import ExtractionConfig, InputError, extract, prompts
 from cosmic.activations import read
 from cosmic.blocks import evaluation_mode, find_blocks
 from cosmic.budget import run_within_memory
-from cosmic.interventions import Edits, ablation, addition, affine
+from cosmic.interventions import Edits, ablation, addition, affine, combined
+from cosmic.prompt_split import split_prompts
 from cosmic.prompts import PromptEncoder, batches, length_groups
+from cosmic.scores import similarity
 from cosmic.stream import Stream, common_prefix, open_passage
 from tests.cosmic.tiny import ARCHITECTURES, HARMFUL, HARMLESS, blocks_of, build_model, hook_counts, random_vector
 
@@ -100,35 +103,89 @@ def test_logits_of_partial_passes(llama: PreTrainedModel, encoded: list[list[int
         assert float(found[index]) == pytest.approx(float((clean * now).sum(-1).mean()), rel=1e-5)
 
 
+def wrap(block: nn.Module, around: Callable[[Callable[..., torch.Tensor]], Callable[..., Any]]) -> None:
+    block.forward = around(block.forward)  # type: ignore[method-assign]
+
+
 def test_a_model_whose_blocks_remember_is_passed_whole(llama: PreTrainedModel, encoded: list[list[int]]) -> None:
     """A later block that looks at what an earlier one saw would look at another prompt's."""
     model = copy.deepcopy(llama)
     seen: list[torch.Tensor] = []
     find_blocks(model)  # which of the children write is another question
-    first, last = blocks_of(model)[0], blocks_of(model)[3]
-    first.register_forward_hook(lambda _, __, out: seen.append(out))
-    last.register_forward_hook(lambda _, __, out: out + seen[-1].mean(dim=(0, 1)))
+
+    def remembering(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(hidden: torch.Tensor, **inputs: Any) -> torch.Tensor:
+            seen.append(forward(hidden, **inputs))
+            return seen[-1]
+
+        return run
+
+    def recalling(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda hidden, **inputs: forward(hidden, **inputs) + seen[-1].mean(dim=(0, 1))
+
+    wrap(blocks_of(model)[0], remembering)
+    wrap(blocks_of(model)[3], recalling)
+    wrapped = [block.__dict__.get("forward") for block in blocks_of(model)]
     with evaluation_mode(model):
         passage = open_passage(model, encoded, pad=0)
     assert not passage.parts
     assert not passage.prefix
+    assert [block.__dict__.get("forward") for block in blocks_of(model)] == wrapped
 
 
 def test_blocks_that_return_tuples_are_passed_whole(llama: PreTrainedModel, encoded: list[list[int]]) -> None:
     model = copy.deepcopy(llama)
-    decoder = model.get_decoder()
+
     for block in blocks_of(model):
-        block.register_forward_hook(lambda _, __, out: (out, None))
-        block.register_forward_pre_hook(
-            lambda _, args: (args[0][0], *args[1:]) if isinstance(args[0], tuple) else args
-        )
-    decoder.norm.register_forward_pre_hook(lambda _, args: args[0][:1] if isinstance(args[0], tuple) else args)
+        wrap(block, lambda forward: lambda hidden, **inputs: (forward(hidden, **inputs), None))
+        block.register_forward_pre_hook(lambda _, args: args[0][:1] if isinstance(args[0], tuple) else args)
+    wrap(model.get_decoder().norm, lambda forward: lambda states: forward(states[0]))
     with evaluation_mode(model):
         passage = open_passage(model, encoded, pad=0)
         assert not passage.parts
         found = Stream(passage, encoded).run([{}], first=2, last=3, layers=[3]).states[0, 0]
     expected = read(llama, encoded, layers=[3], positions=[-1], place="output", pad=0).states.double().mean(0)[0, 0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_whose_outputs_are_steered_by_others_is_passed_whole(
+    llama: PreTrainedModel, encoded: list[list[int]]
+) -> None:
+    """A hook on a block's output would work a second time on the states that are handed in in its place."""
+    model = copy.deepcopy(llama)
+    find_blocks(model)
+    blocks_of(model)[2].register_forward_hook(lambda _, __, out: out + 1.0)
+    with evaluation_mode(model):
+        assert not open_passage(model, encoded, pad=0).parts
+
+
+@pytest.mark.parametrize("intervention_kind", ["linear", "affine"])
+def test_scores_under_edits_that_are_always_in_force(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, intervention_kind: Literal["linear", "affine"]
+) -> None:
+    """Equal to whole passes with both edits, ablation at every site; an edit in between may write along the candidate."""
+    under = affine(random_vector(32, seed=7), random_vector(32, seed=8), layer=2, alpha=0.7)
+    settings_ = {
+        "train_prompts": 4,
+        "validation_prompts": 3,
+        "positions": 2,
+        "full_map": True,
+        "evaluation_share": 0.5,
+    }
+    config = ExtractionConfig(intervention=intervention_kind, **settings_)  # type: ignore[arg-type]
+    found = extract(llama, tokenizer, HARMFUL, HARMLESS, config, under=under)
+    encoder, parts = PromptEncoder(tokenizer), split_prompts(HARMFUL, HARMLESS, config)
+    b, a = ([encoder.encode(one) for one in parts[f"validation_{kind}"]] for kind in ("harmful", "harmless"))
+    options: dict[str, Any] = {"layers": found.evaluation_layers, "positions": [-1], "place": "output", "pad": 0}
+
+    def mean(prompts: list[list[int]], *edits: Edits) -> torch.Tensor:
+        return read(llama, prompts, edits=combined(under, *edits), **options).states[:, 0].double().mean(0)
+
+    for cell in ((0, 1), (1, 1), (1, 2), (0, 3)):
+        direction = found.at(cell)
+        ablate = direction.ablation_edits(llama) if intervention_kind == "linear" else direction.affine_edits(llama)
+        expected = similarity(mean(b, ablate), mean(a), "concat")
+        assert float(found.scores["comply"][cell]) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_the_shared_prefix_leaves_every_prompt_a_token() -> None:
@@ -160,7 +217,8 @@ def test_prompts_are_dealt_out_evenly(lengths: list[int], world: int, tokens: in
         for rank in range(world):
             patch.setattr(prompts, "rank", lambda rank=rank: rank)
             dealt.append(batches(ids, tokens, 0, torch.device("cpu"), shared=True))
-    assert len({tuple(len(batch) for batch in hand) for hand in dealt}) == 1, "every rank makes the same passes"
+    shapes = {tuple(batch.input_ids.shape for batch in hand) for hand in dealt}
+    assert len(shapes) == 1, "every rank makes the same passes"
     counted = [row for hand in dealt for batch in hand for row in batch.rows[batch.counted].tolist()]
     assert sorted(counted) == list(range(len(lengths)))
 
