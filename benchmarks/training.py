@@ -7,6 +7,7 @@ of the directions, without the optimizer; medians and the median ratio are print
 """
 
 import argparse
+import ctypes
 import statistics
 import tempfile
 import time
@@ -94,8 +95,21 @@ def measure(model: str, adversary: str, batch_size: int, pairs: int) -> dict[str
     }
 
 
+def keep_freed_memory() -> None:
+    """Let the allocator keep what is freed, as it does by itself once large blocks have come and gone.
+
+    Otherwise a step's time depends on how much memory was needed at once before it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of glibc
+        libc.mallopt(trim, 2**30)
+        libc.mallopt(mmap, 2**27)
+
+
 def main() -> None:
     """Measure, print, write."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="organism")
     parser.add_argument("--adversaries", nargs="+", default=["cosmic", "layerwise", "static"])

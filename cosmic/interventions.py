@@ -59,8 +59,7 @@ def apply_edit(hidden: torch.Tensor, edit: Edit) -> torch.Tensor:
     """`hidden` (`[batch, seq, d_model]`) edited, in its own dtype; rows outside `edit.rows` come back bit for bit."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     edit = edit.to(hidden.device, dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        edited = _edited(hidden.to(dtype), edit).to(hidden.dtype)
+    edited = _edited(hidden.to(dtype), edit).to(hidden.dtype)
     if edit.rows is None:
         return edited
     chosen = edit.rows[:, None] if edit.rows.dim() == 1 else edit.rows
@@ -68,13 +67,17 @@ def apply_edit(hidden: torch.Tensor, edit: Edit) -> torch.Tensor:
 
 
 def _edited(x: torch.Tensor, edit: Edit) -> torch.Tensor:
-    """All of `x` edited, in as few passes over memory as there are: a product with r̂ and an outer product added."""
-    if edit.unit.dim() == 1 and edit.offset.dim() == edit.remove.dim() == 0:
+    """All of `x` edited; one edit for all rows is two passes over memory, a product with r̂ and an outer product added.
+
+    Autocast would make both of these products in half precision.
+    """
+    one = edit.unit.dim() == 1 and edit.offset.dim() == edit.remove.dim() == 0
+    if one and not torch.is_autocast_enabled(x.device.type):
         flat = x.reshape(-1, x.shape[-1])
         return torch.addr(flat, edit.offset - edit.remove * (flat @ edit.unit), edit.unit).view_as(x)
-    unit = edit.unit.expand(len(x), -1)[:, None, :]
-    shift = edit.offset[..., None, None] - edit.remove[..., None, None] * torch.bmm(x, unit.mT)
-    return torch.baddbmm(x, shift, unit)
+    unit = edit.unit if edit.unit.dim() == 1 else edit.unit[:, None, :]
+    component = (x * unit).sum(-1, keepdim=True)
+    return torch.addcmul(x, edit.offset[..., None, None] - edit.remove[..., None, None] * component, unit)
 
 
 class Interventions:

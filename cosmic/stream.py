@@ -27,7 +27,7 @@ Encoded = Sequence[Sequence[int]]
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """A number per row from logits `[rows, vocab]` under an intervention and the same prompts' `[rows, vocab]` without."""
 
-SHORTEST_PREFIX = 4
+SHORTEST_PREFIX = 2
 """Tokens; a shorter prefix saves less than its own pass and the joining of keys cost."""
 LEAST_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Difference of mean states between a partial and a whole pass, relative to their length, that counts as rounding."""

@@ -108,6 +108,18 @@ def test_low_precision_is_edited_in_float32() -> None:
     assert (edited == exact.bfloat16()).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("rows", [None, torch.tensor([True, False])])
+def test_autocast_does_not_reach_into_an_edit(rows: torch.Tensor | None) -> None:
+    x, unit = random_vector(2, 3, WIDTH), unit_vector(random_vector(WIDTH, seed=1)).float()
+    for edit in (
+        Edit(unit, torch.tensor(0.3), torch.tensor(1.0), rows),
+        Edit(unit.expand(2, -1), torch.tensor([0.3, 0.1]), torch.ones(2), rows),
+    ):
+        expected = apply_edit(x, edit)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(apply_edit(x, edit), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_the_input_is_not_changed_in_place_and_gradients_flow() -> None:
     x = random_vector(2, 3, WIDTH).requires_grad_()
     before = x.detach().clone()

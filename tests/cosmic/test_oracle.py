@@ -28,7 +28,7 @@ class Case:
     share: float = 0.3
     alpha: float = 1.0
     system: str | None = None
-    """Before all prompts, so that they begin alike; without it too few tokens are shared to be computed once."""
+    """Before all prompts, so that they have a long beginning in common."""
 
 
 SYSTEM = "Answer briefly."

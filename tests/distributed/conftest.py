@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "logging_steps": 1,
     "positions": 3,  # with five layers 15 candidates, which two processes cannot halve
     "extraction_train_prompts": 7,
-    "extraction_validation_prompts": 3,
+    "extraction_validation_prompts": 5,
     "extraction_batch_tokens": 100,
     "refresh_prompts": 3,
     "refresh_interval": 2,
