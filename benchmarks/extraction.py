@@ -40,7 +40,7 @@ from cosmic.stream import common_prefix
 from refat.data.organism import direction_prompts
 
 SYSTEM_PROMPT = " ".join(["You are a helpful assistant. Answer in one short sentence."] * 2)
-"""What makes the prefix of `llama24` thirty tokens long in the embedded tokenizer."""
+"""What makes the prompts of the random models begin with the same 34 tokens, in the embedded tokenizer."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama24": {

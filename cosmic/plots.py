@@ -244,6 +244,28 @@ def heat_maps(maps: Sequence[ScoreMap], *, limits: Sequence[tuple[float, float] 
     return figure
 
 
+def write_png(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, trimmed to what is drawn, the same bytes for the same figure.
+
+    Returns:
+        `path`.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with replacing(path) as temporary, matplotlib.style.context(["default", STYLE]):
+        figure.savefig(
+            temporary,
+            format="png",
+            dpi=200,
+            facecolor=PAPER,
+            bbox_inches="tight",
+            pad_inches=0.15,
+            metadata={"Software": None},
+        )
+    return path
+
+
 def write_heat_maps(extraction: Extraction, path: Path) -> Path:
     """Draw all score maps of an extraction into one PNG; the chosen cell is framed, dropped ones are crossed out.
 
@@ -265,15 +287,4 @@ def write_heat_maps(extraction: Extraction, path: Path) -> Path:
         selection.chosen,
         list(selection.dropped),
     )
-    figure = heat_maps(list(maps.values()))
-    with replacing(path) as temporary, matplotlib.style.context(["default", STYLE]):
-        figure.savefig(
-            temporary,
-            format="png",
-            dpi=200,
-            facecolor=PAPER,
-            bbox_inches="tight",
-            pad_inches=0.15,
-            metadata={"Software": None},
-        )
-    return path
+    return write_png(heat_maps(list(maps.values())), path)

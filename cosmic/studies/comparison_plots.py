@@ -15,8 +15,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cosmic.plots import INK, MINUS, MUTED, PAPER, RULE, SCALE, STYLE, WIDTH, short
-from cosmic.storage import replacing
+from cosmic.plots import INK, MINUS, MUTED, PAPER, RULE, SCALE, STYLE, WIDTH, short, write_png
 from cosmic.studies.compare import Comparison, EditName, Kind, Source, Which
 
 LINE = "#0069a8"
@@ -144,15 +143,4 @@ def write_comparison(comparison: Comparison, path: Path, width: int | None = Non
     Raises:
         InputError: the file cannot be written.
     """
-    figure = comparison_figure(comparison, width)
-    with replacing(path) as temporary, matplotlib.style.context(["default", STYLE]):
-        figure.savefig(
-            temporary,
-            format="png",
-            dpi=200,
-            facecolor=PAPER,
-            bbox_inches="tight",
-            pad_inches=0.15,
-            metadata={"Software": None},
-        )
-    return path
+    return write_png(comparison_figure(comparison, width), path)

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cosmic.judging import Counts, Verdict
-from cosmic.plots import FRAME, INK, MINUS, MUTED, PAPER, RULE, STYLE, WIDTH
-from cosmic.storage import replacing
+from cosmic.plots import FRAME, INK, MINUS, MUTED, PAPER, RULE, STYLE, WIDTH, write_png
 from cosmic.studies.steering import SteeringPoint, Sweep
 
 PANEL, TOP, BOTTOM, LEFT, RIGHT = 128.0, 50.0, 40.0, 32.0, 92.0
@@ -227,15 +226,4 @@ def write_steering_curves(sweep: Sweep, path: Path) -> Path:
     Raises:
         InputError: the file cannot be written.
     """
-    figure = steering_curves(sweep)
-    with replacing(path) as temporary, matplotlib.style.context(["default", STYLE]):
-        figure.savefig(
-            temporary,
-            format="png",
-            dpi=200,
-            facecolor=PAPER,
-            bbox_inches="tight",
-            pad_inches=0.15,
-            metadata={"Software": None},
-        )
-    return path
+    return write_png(steering_curves(sweep), path)

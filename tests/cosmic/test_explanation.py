@@ -314,7 +314,7 @@ def test_order_and_verdicts_agree_with_a_naive_computation(method: str, ranked: 
         config = ExtractionConfig(method=method, ranked=ranked)  # type: ignore[arg-type]
         scores = measured_as_needed(truth, [-4, -3, -2, -1], norms, config)
         extraction = built(
-            {name: rows.tolist() for name, rows in vars(scores).items() if rows is not None},
+            {name: rows.tolist() for name, rows in vars(scores).items() if isinstance(rows, torch.Tensor)},
             config,
             norms=norms.tolist(),
         )
