@@ -230,10 +230,12 @@ class _Scorer:
             if metrics is not None:
                 metrics[cell] = torch.nan_to_num(odds[index], nan=worst)
 
+    def _candidate(self, cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
+        """r and r⁻ where the edits are."""
+        return self.candidates.vectors[cell].to(self.device), self.candidates.references[cell].to(self.device)
+
     def _ablation(self, cell: Cell) -> Edits:
-        vector, reference = (
-            part[cell].to(self.device) for part in (self.candidates.vectors, self.candidates.references)
-        )
+        vector, reference = self._candidate(cell)
         if self.config.intervention == "affine":
             return interventions.affine(vector, reference, cell[1], 0.0)
         blocks = find_blocks(self.model)
@@ -244,9 +246,7 @@ class _Scorer:
         return interventions.ablation(vector, blocks.writing_sites() if few else blocks.sites())
 
     def _addition(self, cell: Cell) -> Edits:
-        vector, reference = (
-            part[cell].to(self.device) for part in (self.candidates.vectors, self.candidates.references)
-        )
+        vector, reference = self._candidate(cell)
         if self.config.intervention == "affine":
             return interventions.affine(vector, reference, cell[1], self.config.alpha)
         return interventions.addition(vector, cell[1], self.config.alpha)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from cosmic.errors import InputError
 from cosmic.judging import Verdict
 from cosmic.prompts import Prompt
@@ -23,9 +25,15 @@ def exact(prompt: Prompt, reply: str) -> Verdict:
         InputError: the prompt is none of the grammar's requests.
     """
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    asked = [found for found in grammar.combinations() if f"{found.action.verb} {found.thing.name}" in text]
-    if not asked:
+    asked = next((found for words, found in _requests() if words in text), None)
+    if asked is None:
         raise InputError(
             f"the `exact` judge knows only the embedded model's requests, not {text[:60]!r}. Use `--judge substring`."
         )
-    return ExactJudge().judge(Item(prompt, asked[0].kind, grammar.answer(asked[0])), reply).value
+    return ExactJudge().judge(Item(prompt, asked.kind, grammar.answer(asked)), reply).value
+
+
+@functools.cache
+def _requests() -> list[tuple[str, grammar.Combination]]:
+    """All that can be asked for, by the words that say it."""
+    return [(f"{found.action.verb} {found.thing.name}", found) for found in grammar.combinations()]
